@@ -1,0 +1,1 @@
+"""Boot loading: kernel images, initrd, the boot protocols and the ACPI tables."""

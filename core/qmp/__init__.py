@@ -1,0 +1,1 @@
+"""The QMP server: wire rules, commands and events."""

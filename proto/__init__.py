@@ -1,0 +1,1 @@
+"""The control plane: schemas, their one importer, and how messages travel."""

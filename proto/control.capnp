@@ -1,0 +1,114 @@
+@0xd0c2a1b7f3e94c55;
+# The control plane between the core and its sidecars: Cap'n Proto messages over ZeroMQ (ROUTER in the
+# core, DEALER in a sidecar), one message a frame. Few and slow; no message is ever sent for an I/O request.
+#
+# Both sides treat the other's messages as hostile: proto/framing.py bounds them before they are read.
+
+struct Message {
+  id @0 :UInt64;
+  # Of a request: chosen by the asker, never 0, never used twice on a connection. An answer repeats it.
+  # 0 in a notice, which nobody answers.
+
+  deadlineMs @1 :UInt32;
+  # Of a request: how long the asker will wait, in milliseconds. 0 in answers and notices.
+
+  union {
+    # Requests of a sidecar.
+    hello @2 :Hello;
+
+    # Requests of the core.
+    activate @3 :Activate;
+    reset @4 :Void;
+    # Stop every queue, finish or drop what is in flight, touch guest memory no more, forget the driver's
+    # settings. Answered when that is so.
+    configWrite @5 :ConfigWrite;
+    stats @6 :Void;
+    ping @7 :Void;
+    shutdown @8 :Void;
+    # Flush what the host must not lose, close the backend, answer, exit with status 0.
+
+    # Answers.
+    ok @9 :Void;
+    error @10 :Error;
+    welcome @11 :Welcome;
+    statsReport @12 :StatsReport;
+
+    # Notices of a sidecar.
+    configChanged @13 :ConfigChanged;
+    needsReset @14 :NeedsReset;
+  }
+}
+
+struct Hello {
+  protocolVersion @0 :UInt16;
+  deviceId @1 :Text;        # the id in machine.yaml, as in Boot
+  pid @2 :UInt32;
+  virtioType @3 :UInt32;    # virtio device id (virtio 1.2, section 5); 0: not a virtio device (the 16550)
+  features @4 :UInt64;      # offered feature bits, without those of the transport
+  queueSizes @5 :List(UInt16);  # the largest size of each queue, a power of two
+  config @6 :Data;          # device configuration space
+}
+
+struct Welcome {
+  protocolVersion @0 :UInt16;
+}
+
+struct Queue {
+  index @0 :UInt16;
+  size @1 :UInt16;          # as the driver set it: a power of two, 1 to the largest offered
+  desc @2 :UInt64;          # guest physical addresses
+  driver @3 :UInt64;        # avail ring
+  device @4 :UInt64;        # used ring
+}
+
+struct Activate {
+  features @0 :UInt64;      # what the driver accepted
+  queues @1 :List(Queue);   # only those that the driver made ready
+}
+
+struct ConfigWrite {
+  offset @0 :UInt32;
+  data @1 :Data;
+}
+
+struct ConfigChanged {
+  data @0 :Data;            # the whole configuration space as it is now
+}
+
+struct NeedsReset {
+  queue @0 :UInt16;         # 0xffff: not about one queue
+  reason @1 :Text;
+}
+
+struct Error {
+  code @0 :Code;
+  text @1 :Text;
+  enum Code {
+    generic @0;
+    version @1;             # the peer speaks a protocol version that we do not
+    state @2;               # not legal in the device's present state
+    invalid @3;             # a field is out of its bounds
+    unknown @4;             # a request that this peer does not know
+  }
+}
+
+struct StatsReport {
+  queues @0 :List(QueueStats);
+  detail @1 :List(Counter); # what only this kind counts
+}
+
+struct Counter {
+  name @0 :Text;
+  value @1 :UInt64;
+}
+
+struct QueueStats {
+  index @0 :UInt16;
+  requests @1 :UInt64;      # chains completed
+  bytesIn @2 :UInt64;       # from the guest
+  bytesOut @3 :UInt64;      # to the guest
+  errors @4 :UInt64;        # requests answered with an error
+  kicks @5 :UInt64;         # wake-ups by the guest
+  interrupts @6 :UInt64;    # interrupts raised
+  suppressed @7 :UInt64;    # interrupts that EVENT_IDX or NO_INTERRUPT spared the guest
+}

@@ -1,0 +1,10 @@
+"""Only the C parts are declared here; everything else is in pyproject.toml."""
+
+from setuptools import setup
+
+setup(
+    cffi_modules=[
+        "core/native/build.py:ffibuilder",
+        "sidecars/native/build.py:ffibuilder",
+    ]
+)

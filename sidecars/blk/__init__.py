@@ -1,0 +1,1 @@
+"""The blk sidecar: virtio-blk over files and block devices."""

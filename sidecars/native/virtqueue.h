@@ -1,0 +1,102 @@
+/*
+ * The device side of a split virtqueue (virtio 1.2, section 2.7) over guest memory that the guest may
+ * change at any time. The guest is hostile: every index, length, address and flag is read once into a
+ * local, bounded, then used.
+ */
+#ifndef MC_VIRTQUEUE_H
+#define MC_VIRTQUEUE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#define MC_MAX_REGIONS 8
+#define MC_MAX_QUEUE_SIZE 1024
+
+/* Guest memory as this process has mapped it. Mappings are owned by whoever filled this in. */
+struct mc_region {
+	uint64_t gpa;
+	uint64_t size;
+	uint8_t *hva;
+};
+
+struct mc_mem {
+	uint32_t n;
+	struct mc_region regions[MC_MAX_REGIONS];
+};
+
+/* The host address of [gpa, gpa+len), or NULL when any byte of it is outside RAM. len 0: NULL. */
+void *mc_mem_at(const struct mc_mem *mem, uint64_t gpa, uint64_t len);
+
+/* Why a queue was declared broken; the driver sees DEVICE_NEEDS_RESET. */
+enum mc_vq_error {
+	MC_VQ_OK = 0,
+	MC_VQ_BAD_AVAIL_IDX,	/* more entries made available than the ring has */
+	MC_VQ_BAD_HEAD,		/* a head or next index past the table */
+	MC_VQ_LOOP,		/* a chain longer than the queue (2.7.5.3.1) */
+	MC_VQ_BAD_ADDR,		/* a buffer outside RAM, or of length 0 where one is needed */
+	MC_VQ_BAD_INDIRECT,	/* nested, empty, misaligned, or not negotiated */
+	MC_VQ_BAD_ORDER,	/* a device-readable buffer after a device-writable one (2.7.4.2) */
+	MC_VQ_BAD_REQUEST,	/* the chain does not hold what the device type requires */
+};
+
+const char *mc_vq_strerror(int error);
+
+/* Shared with the core, one a device: virtio-mmio's InterruptStatus (4.2.2). The sidecar ORs bit 0 in
+ * before it signals the call eventfd; the core's exit loop reads it and clears what the guest acknowledged. */
+struct mc_isr {
+	uint32_t status;
+};
+
+struct mc_vq_stats {
+	uint64_t requests, bytes_in, bytes_out, errors, kicks, interrupts, suppressed;
+};
+
+struct mc_vq {
+	const struct mc_mem *mem;
+	struct mc_isr *isr;
+	int kick_fd, call_fd;		/* not owned */
+	uint16_t index;			/* of the queue in its device */
+	uint16_t size;			/* power of two, 1..MC_MAX_QUEUE_SIZE */
+	bool event_idx, indirect;	/* negotiated */
+	uint16_t last_avail;		/* next avail entry to take */
+	uint16_t used_idx;		/* next used entry to fill */
+	uint16_t signalled_used;	/* used_idx at the last decision to interrupt */
+	int error;			/* enum mc_vq_error; once set the queue is not touched again */
+	void *desc, *avail, *used;	/* host addresses, checked for the whole ring */
+	struct mc_vq_stats stats;	/* written by the data loop only */
+};
+
+/* A chain copied out of the ring: n_out device-readable iovecs, then n_in device-writable ones. Both point
+ * into guest memory, whose *contents* may still change under the reader. */
+struct mc_chain {
+	uint16_t head;
+	uint16_t n_out, n_in;
+	uint32_t max;			/* room in iov; MC_MAX_QUEUE_SIZE is always enough */
+	uint64_t len_out, len_in;	/* bytes */
+	struct iovec *iov;		/* owned by the caller */
+};
+
+/* A VIRTIO ring begins with the driver: fill in mem, isr, kick_fd, call_fd, index, event_idx, indirect first.
+ * last_avail and used_idx are 0 on a fresh start. Returns 0, or an enum mc_vq_error. */
+int mc_vq_init(struct mc_vq *vq, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used);
+
+/* Takes the next chain. 1: taken; 0: the ring is empty; -1: the ring is broken, vq->error says how. */
+int mc_vq_pop(struct mc_vq *vq, struct mc_chain *chain);
+
+/* Gives the last n popped chains back, as if never taken (a net rx path that found its packet too large). */
+void mc_vq_unpop(struct mc_vq *vq, uint16_t n);
+
+/* Writes a used entry without publishing it; len is the bytes written into device-writable buffers. */
+void mc_vq_push(struct mc_vq *vq, uint16_t head, uint32_t len);
+
+/* Publishes what was pushed, and interrupts the guest if it wants to be (EVENT_IDX, NO_INTERRUPT). */
+void mc_vq_flush(struct mc_vq *vq);
+
+/* Asks the guest for a kick at the next available buffer. true: buffers are there already; go on popping. */
+bool mc_vq_enable_kick(struct mc_vq *vq);
+
+/* Tells the guest that no kicks are needed for now (a hint; kicks may still come). */
+void mc_vq_disable_kick(struct mc_vq *vq);
+
+#endif

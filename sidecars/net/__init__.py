@@ -1,0 +1,1 @@
+"""The net sidecar: virtio-net over taps, passt and socket links."""

@@ -1,0 +1,1 @@
+"""The serial sidecar: the 16550's bytes and virtio-console."""
