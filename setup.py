@@ -5,6 +5,8 @@ from setuptools import setup
 setup(
     cffi_modules=[
         "core/native/build.py:ffibuilder",
-        "sidecars/native/build.py:ffibuilder",
+        "sidecars/native/build.py:blk",
+        "sidecars/native/build.py:net",
+        "sidecars/native/build.py:serial",
     ]
 )
