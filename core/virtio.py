@@ -1,0 +1,257 @@
+"""A virtio device as its driver sees it, whatever the transport: status, features, queues, configuration space.
+
+The device's own logic is in a sidecar; a ``Backend`` stands for it here. Nothing a driver reads waits for the
+sidecar. The one write that waits is the reset (status 0): when it returns, the sidecar touches guest memory
+no more (virtio 1.2, 2.4.2).
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+F_VERSION_1 = 1 << 32
+
+
+class Status(enum.IntFlag):
+    """Device status bits (virtio 1.2, 2.1)."""
+
+    ACKNOWLEDGE = 1
+    DRIVER = 2
+    DRIVER_OK = 4
+    FEATURES_OK = 8
+    NEEDS_RESET = 64
+    FAILED = 128
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a sidecar's hello says of its device."""
+
+    virtio_type: int
+    features: int
+    queue_sizes: tuple[int, ...]
+    config: bytes
+
+
+@dataclass
+class Queue:
+    """A virtqueue as the driver has set it up so far."""
+
+    max_size: int
+    size: int
+    ready: bool = False
+    desc: int = 0
+    driver: int = 0
+    device: int = 0
+
+    def problem(self) -> str | None:
+        """Why the sidecar could not use it (2.7: power of two; alignments 16, 2 and 4), or None."""
+        if not 1 <= self.size <= self.max_size or self.size & (self.size - 1):
+            return f"size {self.size} is not a power of two up to {self.max_size}"
+        for name, address, align in (("desc", self.desc, 16), ("driver", self.driver, 2), ("device", self.device, 4)):
+            if address % align:
+                return f"{name} ring at {address:#x} is not aligned to {align}"
+        return None
+
+
+class Backend(Protocol):
+    """The sidecar's side, reached from any vCPU thread."""
+
+    def activate(self, features: int, queues: dict[int, Queue]) -> None:
+        """Hands the queues over. Returns at once; kicks made meanwhile stay in the eventfds."""
+
+    def reset(self) -> None:
+        """Returns when the sidecar no longer touches guest memory nor raises interrupts, or is dead."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Hands on the driver's write. Returns at once."""
+
+
+class Interrupts(Protocol):
+    """How the device reaches its driver, apart from the sidecar's own used-buffer interrupts."""
+
+    def config_changed(self) -> None:
+        """Raises a configuration change notification."""
+
+    def clear(self) -> None:
+        """Forgets what is pending, at a reset."""
+
+
+class Device:
+    """The driver-visible state of one device. Methods may be called from any vCPU thread and the main thread."""
+
+    def __init__(
+        self,
+        device_id: str,
+        backend: Backend,
+        interrupts: Interrupts,
+        set_doorbells: Callable[[list[int]], None],
+        on_needs_reset: Callable[[str], None],
+    ) -> None:
+        """``set_doorbells`` gets the indices of the queues whose notifications go straight to the sidecar."""
+        self.id = device_id
+        self._backend = backend
+        self._interrupts = interrupts
+        self._set_doorbells = set_doorbells
+        self._on_needs_reset = on_needs_reset
+        # Never held while waiting for the sidecar: the main thread takes it to hand over that sidecar's notices.
+        self._lock = threading.RLock()
+        self._resetting = False
+        self.identity: Identity | None = None
+        self.config_generation = 0
+        self._config = bytearray()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.status = Status(0)
+        self.driver_features = 0
+        self.features_sel = 0
+        self.driver_features_sel = 0
+        self.queue_sel = 0
+        sizes = self.identity.queue_sizes if self.identity else ()
+        self.queues = [Queue(max_size=n, size=n) for n in sizes]
+
+    def plug(self, identity: Identity) -> None:
+        """Makes the device present, with what its sidecar said."""
+        with self._lock:
+            self.identity = identity
+            self._config = bytearray(identity.config)
+            self._clear()
+
+    @property
+    def offered(self) -> int:
+        """Feature bits offered to the driver."""
+        return (self.identity.features | F_VERSION_1) if self.identity else 0
+
+    # What the driver does.
+
+    @property
+    def queue(self) -> Queue | None:
+        """The selected queue, if there is such a one."""
+        return self.queues[self.queue_sel] if self.queue_sel < len(self.queues) else None
+
+    def queue_writable(self) -> Queue | None:
+        """The selected queue while its settings may be changed: features agreed, not ready, not running yet."""
+        queue = self.queue
+        if queue is None or not self.status & Status.FEATURES_OK or self.status & Status.DRIVER_OK or queue.ready:
+            return None
+        return queue
+
+    def set_queue_ready(self, ready: bool) -> None:
+        """QueueReady. Taking a queue back while the device runs would need VIRTIO_F_RING_RESET, not offered."""
+        with self._lock:
+            queue = self.queue
+            if queue is None or not self.status & Status.FEATURES_OK:
+                return
+            if self.status & Status.DRIVER_OK:
+                if ready != queue.ready:
+                    self.needs_reset(f"queue {self.queue_sel}: ready changed while the device runs")
+                return
+            if ready and (problem := queue.problem()):
+                self.needs_reset(f"queue {self.queue_sel}: {problem}")
+                return
+            queue.ready = ready
+
+    def write_driver_features(self, value: int) -> None:
+        """DriverFeatures, 32 bits at the selected half; ignored once agreed (2.2.1)."""
+        with self._lock:
+            if self.status & Status.FEATURES_OK or self.driver_features_sel > 1:
+                return
+            shift = 32 * self.driver_features_sel
+            self.driver_features &= ~(0xFFFF_FFFF << shift)
+            self.driver_features |= value << shift
+
+    def write_status(self, value: int) -> None:
+        """The Status register: bits are only ever added; 0 resets."""
+        if value == 0:
+            self.reset()
+            return
+        with self._lock:
+            if self._resetting:
+                return  # another vCPU's reset is not over; its end forgets all of this anyway
+            new = Status(value & 0xFF) | (self.status & Status.NEEDS_RESET)
+            if self.status & ~new:
+                log.warning("%s: driver cleared status bits %#x without a reset", self.id, self.status & ~new)
+                new |= self.status
+            if new & Status.FEATURES_OK and not self.status & Status.FEATURES_OK:
+                extra = self.driver_features & ~self.offered
+                if extra or not self.driver_features & F_VERSION_1:
+                    log.warning("%s: features %#x refused (offered %#x)", self.id, self.driver_features, self.offered)
+                    new &= ~Status.FEATURES_OK
+            if new & Status.DRIVER_OK and not new & Status.FEATURES_OK:
+                self.needs_reset("DRIVER_OK before FEATURES_OK")
+                return
+            starting = new & Status.DRIVER_OK and not self.status & Status.DRIVER_OK
+            self.status = new
+            if starting and not new & (Status.NEEDS_RESET | Status.FAILED):
+                ready = {i: q for i, q in enumerate(self.queues) if q.ready}
+                self._set_doorbells(list(ready))
+                self._backend.activate(self.driver_features, ready)
+
+    def notify(self, index: int) -> None:
+        """A queue notification that no doorbell took: a queue never set up, or a device not started."""
+        with self._lock:
+            if self.status & Status.DRIVER_OK:
+                self.needs_reset(f"notification of queue {index}, which was never set up")
+            else:
+                log.debug("%s: notification of queue %d before DRIVER_OK ignored", self.id, index)
+
+    def read_config(self, offset: int, size: int) -> int:
+        """Little-endian bytes of the configuration space; those past its end read as 0."""
+        with self._lock:
+            return int.from_bytes(self._config[offset : offset + size].ljust(size, b"\0"), "little")
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """The driver's write of configuration space; the sidecar decides what it changes."""
+        with self._lock:
+            if not self.status & Status.DRIVER or offset + size > len(self._config):
+                return
+            self._backend.write_config(offset, value.to_bytes(size, "little"))
+
+    def reset(self) -> None:
+        """Back to the state after power-on. Waits for the sidecar to let go of the queues."""
+        with self._lock:
+            if self._resetting:
+                return
+            self._resetting = True
+            self._set_doorbells([])
+            running = bool(self.status & Status.DRIVER_OK)
+        try:
+            if running:
+                self._backend.reset()
+        finally:
+            with self._lock:
+                self._interrupts.clear()
+                self._clear()
+                self._resetting = False
+
+    # What the sidecar does, by way of the main thread.
+
+    def change_config(self, config: bytes) -> bool:
+        """Takes over a new configuration space of the same length and tells the driver; False if it is not that."""
+        with self._lock:
+            if self.identity is None or len(config) != len(self._config):
+                return False
+            self._config[:] = config
+            self.config_generation = (self.config_generation + 1) & 0xFFFF_FFFF
+            if self.status & Status.DRIVER_OK:
+                self._interrupts.config_changed()
+            return True
+
+    def needs_reset(self, reason: str) -> None:
+        """The device cannot go on; the driver is told (2.1.2) and the rest of the machine is not concerned."""
+        with self._lock:
+            if self.status & Status.NEEDS_RESET:
+                return
+            log.warning("%s: needs a reset: %s", self.id, reason)
+            self.status |= Status.NEEDS_RESET
+            if self.status & Status.DRIVER_OK:
+                self._interrupts.config_changed()
+            self._on_needs_reset(reason)
