@@ -13,7 +13,7 @@ GED_GSI = 9
 
 # The IOAPIC's pins that no platform device uses. Slots share them round robin; the first 16 of them do not
 # share with each other, nor do a machine's first disks with its first NICs (slot 16 begins one pin further).
-VIRTIO_GSIS = (5, 6, 7, *range(10, 24))
+VIRTIO_GSIS: tuple[int, ...] = (5, 6, 7, *range(10, 24))
 
 
 def slot_address(slot: int) -> int:
