@@ -7,6 +7,7 @@
 #define MC_VIRTQUEUE_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <sys/uio.h>
 
@@ -33,11 +34,12 @@ enum mc_vq_error {
 	MC_VQ_OK = 0,
 	MC_VQ_BAD_AVAIL_IDX,	/* more entries made available than the ring has */
 	MC_VQ_BAD_HEAD,		/* a head or next index past the table */
-	MC_VQ_LOOP,		/* a chain longer than the queue (2.7.5.3.1) */
-	MC_VQ_BAD_ADDR,		/* a buffer outside RAM, or of length 0 where one is needed */
-	MC_VQ_BAD_INDIRECT,	/* nested, empty, misaligned, or not negotiated */
+	MC_VQ_LOOP,		/* a chain that visits a descriptor twice, or has more than mc_chain.max buffers or 2^32 bytes */
+	MC_VQ_BAD_ADDR,		/* a buffer outside RAM, or of length 0 */
+	MC_VQ_BAD_INDIRECT,	/* nested, not last, of a bad length, outside RAM, or not negotiated (2.7.5.3.1) */
 	MC_VQ_BAD_ORDER,	/* a device-readable buffer after a device-writable one (2.7.4.2) */
-	MC_VQ_BAD_REQUEST,	/* the chain does not hold what the device type requires */
+	MC_VQ_BAD_REQUEST,	/* the chain does not hold what the device type requires; set by the device */
+	MC_VQ_BAD_RING,		/* mc_vq_init(): size, alignment or a part outside RAM */
 };
 
 const char *mc_vq_strerror(int error);
@@ -62,6 +64,7 @@ struct mc_vq {
 	uint16_t last_avail;		/* next avail entry to take */
 	uint16_t used_idx;		/* next used entry to fill */
 	uint16_t signalled_used;	/* used_idx at the last decision to interrupt */
+	uint16_t avail_seen;		/* the driver's avail.idx when last read; last_avail..avail_seen may be popped */
 	int error;			/* enum mc_vq_error; once set the queue is not touched again */
 	void *desc, *avail, *used;	/* host addresses, checked for the whole ring */
 	struct mc_vq_stats stats;	/* written by the data loop only */
@@ -77,26 +80,35 @@ struct mc_chain {
 	struct iovec *iov;		/* owned by the caller */
 };
 
-/* A VIRTIO ring begins with the driver: fill in mem, isr, kick_fd, call_fd, index, event_idx, indirect first.
- * last_avail and used_idx are 0 on a fresh start. Returns 0, or an enum mc_vq_error. */
+/* Checks and maps the rings at these guest physical addresses. Fill in mem, isr, kick_fd, call_fd, index, event_idx and
+ * indirect first; last_avail and used_idx too, which are 0 on a fresh start. stats are kept.
+ * Returns 0, or an enum mc_vq_error, which is also in vq->error. */
 int mc_vq_init(struct mc_vq *vq, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used);
 
 /* Takes the next chain. 1: taken; 0: the ring is empty; -1: the ring is broken, vq->error says how. */
 int mc_vq_pop(struct mc_vq *vq, struct mc_chain *chain);
 
-/* Gives the last n popped chains back, as if never taken (a net rx path that found its packet too large). */
+/* Gives the last n popped chains back, which must not have been pushed, as if never taken (a net rx path that found its packet too large). */
 void mc_vq_unpop(struct mc_vq *vq, uint16_t n);
 
 /* Writes a used entry without publishing it; len is the bytes written into device-writable buffers. */
 void mc_vq_push(struct mc_vq *vq, uint16_t head, uint32_t len);
 
-/* Publishes what was pushed, and interrupts the guest if it wants to be (EVENT_IDX, NO_INTERRUPT). */
+/* Publishes what was pushed (once a batch), and interrupts the guest if it wants to be (EVENT_IDX, NO_INTERRUPT). */
 void mc_vq_flush(struct mc_vq *vq);
+
+/* Interrupts the guest, whatever it asked for. */
+void mc_vq_interrupt(struct mc_vq *vq);
 
 /* Asks the guest for a kick at the next available buffer. true: buffers are there already; go on popping. */
 bool mc_vq_enable_kick(struct mc_vq *vq);
 
 /* Tells the guest that no kicks are needed for now (a hint; kicks may still come). */
 void mc_vq_disable_kick(struct mc_vq *vq);
+
+/* Copies between a flat buffer and a vector from byte off of it, stopping at the shorter. Returns the bytes copied. What
+ * was read from guest memory must be checked in buf, never in the vector again. */
+size_t mc_iov_read(const struct iovec *iov, uint32_t n, size_t off, void *buf, size_t len);
+size_t mc_iov_write(const struct iovec *iov, uint32_t n, size_t off, const void *buf, size_t len);
 
 #endif
