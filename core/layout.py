@@ -11,8 +11,8 @@ UART_PORT, UART_GSI = 0x3F8, 4
 RTC_PORT, RTC_GSI = 0x70, 8
 GED_GSI = 9
 
-# The IOAPIC's pins that no platform device uses. Slots share them round robin; the first 16 of them do not
-# share with each other, nor do a machine's first disks with its first NICs (slot 16 begins one pin further).
+# The IOAPIC's pins that no platform device uses, shared by the slots. A machine's first 8 disks, 4 NICs and
+# 5 consoles have lines of their own: each kind starts at its own place in the list.
 VIRTIO_GSIS: tuple[int, ...] = (5, 6, 7, *range(10, 24))
 
 
@@ -25,4 +25,5 @@ def slot_gsi(slot: int) -> int:
     """The interrupt line of a virtio-mmio slot (edge-triggered, active high, possibly shared)."""
     if not 0 <= slot < VIRTIO_MMIO_SLOTS:
         raise ValueError(f"virtio-mmio slot {slot} is not in 0..{VIRTIO_MMIO_SLOTS - 1}")
-    return VIRTIO_GSIS[slot % len(VIRTIO_GSIS)]
+    kind, index = divmod(slot, 16)
+    return VIRTIO_GSIS[((0, 8, 12)[kind] + index) % len(VIRTIO_GSIS)]
