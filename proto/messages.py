@@ -1,0 +1,333 @@
+"""Every message between the processes as a frozen dataclass whose annotations say its bounds.
+
+This module imports nothing heavy; schema.py turns these into bytes and back, and checks the bounds both ways.
+``check`` methods hold what a bound cannot say. Units and meanings: control.capnp and boot.capnp.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Annotated, TypeAlias
+
+from motorcade.proto.memory import Region
+
+MAX_QUEUES = 64
+MAX_CONFIG = 256
+"""Bytes of device configuration space that fit a virtio-mmio slot of 0x200 (virtio 1.2, 4.2.2)."""
+NO_QUEUE = 0xFFFF
+"""NeedsReset.queue when the reason is not about one queue."""
+
+
+class Malformed(ValueError):
+    """Bytes of a peer that are not a message, or a message with a field out of its bounds."""
+
+
+@dataclass(frozen=True)
+class Max:
+    """The most elements of a list, bytes of a Data, or bytes of a Text's UTF-8."""
+
+    n: int
+
+
+Id: TypeAlias = Annotated[str, Max(64)]
+Word: TypeAlias = Annotated[str, Max(64)]
+Line: TypeAlias = Annotated[str, Max(4096)]
+Json: TypeAlias = Annotated[str, Max(16 << 10)]
+
+
+class ErrorCode(enum.Enum):
+    """Why a request was refused; the values are the enumerants of ``Error.Code``."""
+
+    GENERIC = "generic"
+    VERSION = "version"
+    STATE = "state"
+    INVALID = "invalid"
+    UNKNOWN = "unknown"
+
+
+# --- control.capnp ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A sidecar's first message: who it is and what its device offers."""
+
+    protocol_version: int
+    device_id: Id
+    pid: int
+    virtio_type: int
+    features: int
+    queue_sizes: Annotated[tuple[int, ...], Max(MAX_QUEUES)]
+    config: Annotated[bytes, Max(MAX_CONFIG)]
+
+    def check(self) -> None:
+        for size in self.queue_sizes:
+            if not 0 < size <= 32768 or size & (size - 1):
+                raise Malformed(f"queue size {size} is not a power of two up to 32768")
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The core's answer to Hello, with the version that both will speak."""
+
+    protocol_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """One virtqueue as the driver set it up: ring addresses are guest physical."""
+
+    index: int
+    size: int
+    desc: int
+    driver: int
+    device: int
+
+    def check(self) -> None:
+        if not 0 < self.size <= 32768 or self.size & (self.size - 1):
+            raise Malformed(f"queue {self.index} has size {self.size}, not a power of two up to 32768")
+
+
+@dataclass(frozen=True, slots=True)
+class Activate:
+    """The driver is ready: what it accepted, and the queues that it set up."""
+
+    features: int
+    queues: Annotated[tuple[Queue, ...], Max(MAX_QUEUES)]
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Stop every queue and forget the driver's settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigWrite:
+    """The driver wrote ``data`` at ``offset`` of the configuration space."""
+
+    offset: int
+    data: Annotated[bytes, Max(MAX_CONFIG)]
+
+
+@dataclass(frozen=True, slots=True)
+class StatsRequest:
+    """Asks for a StatsReport."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Asks for an Ok."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """Flush, close the backend, answer, exit with status 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ok:
+    """Done as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Refused; ``text`` is for a person."""
+
+    code: ErrorCode
+    text: Line
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStats:
+    """Counts of one queue since the sidecar started."""
+
+    index: int
+    requests: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    errors: int = 0
+    kicks: int = 0
+    interrupts: int = 0
+    suppressed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """A count that only one kind of sidecar has."""
+
+    name: Word
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatsReport:
+    """The answer to StatsRequest."""
+
+    queues: Annotated[tuple[QueueStats, ...], Max(MAX_QUEUES)]
+    detail: Annotated[tuple[Counter, ...], Max(128)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChanged:
+    """The whole configuration space as it is now."""
+
+    data: Annotated[bytes, Max(MAX_CONFIG)]
+
+
+@dataclass(frozen=True, slots=True)
+class NeedsReset:
+    """The guest broke queue ``queue`` (NO_QUEUE: the device); it needs a reset."""
+
+    queue: int
+    reason: Line
+
+
+Request: TypeAlias = Hello | Activate | Reset | ConfigWrite | StatsRequest | Ping | Shutdown
+Answer: TypeAlias = Ok | Error | Welcome | StatsReport
+Notice: TypeAlias = ConfigChanged | NeedsReset
+Body: TypeAlias = Request | Answer | Notice
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One control message. ``id`` 0 marks a notice; ``deadline_ms`` is 0 but in requests."""
+
+    id: int
+    deadline_ms: int
+    body: Body
+
+
+# --- boot.capnp ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One device as the core sees it."""
+
+    device_id: Id
+    kind: Word
+    index: int
+    queues: int
+    pid: int
+    info: Json = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class CoreBoot:
+    """What the core needs to know."""
+
+    uuid: Word
+    cpus: int
+    cmdline: Line
+    devices: Annotated[tuple[Slot, ...], Max(64)]
+    uart: Id = ""
+    paused: bool = False
+    kernel_path: Line = ""
+    initrd_path: Line = ""
+    on_reboot: Word = "reset"
+
+
+@dataclass(frozen=True, slots=True)
+class BlkBoot:
+    """What a blk sidecar needs to know."""
+
+    device_id: Id
+    path: Line
+    readonly: bool = False
+    direct: bool = False
+    overlay: bool = False
+    serial: Annotated[str, Max(20)] = ""
+    queues: int = 1
+    discard: bool = False
+    io_engine: Word = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class NetBoot:
+    """What a net sidecar needs to know; ``mac`` is 6 bytes."""
+
+    device_id: Id
+    mac: Annotated[bytes, Max(6)]
+    queue_pairs: int = 1
+    backend: Word = "tap"
+    mtu: int = 0
+
+    def check(self) -> None:
+        if len(self.mac) != 6:
+            raise Malformed(f"a MAC address has 6 bytes, this one {len(self.mac)}")
+
+
+@dataclass(frozen=True, slots=True)
+class SerialBoot:
+    """What a serial sidecar needs to know; ``scrollback`` is in bytes."""
+
+    device_id: Id
+    flavour: Word
+    backend: Word
+    scrollback: int = 65536
+
+
+Role: TypeAlias = CoreBoot | BlkBoot | NetBoot | SerialBoot
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """What the supervisor sends first. ``fd_labels`` is filled in by boot.send_boot."""
+
+    protocol_version: int
+    vm_name: Word
+    control_socket: Line
+    regions: Annotated[tuple[Region, ...], Max(64)]
+    log_level: Word
+    role: Role
+    fd_labels: Annotated[tuple[Word, ...], Max(4096)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Child: everything is open and mapped, the sandbox is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Child: why it cannot start; it exits with status 1 after this."""
+
+    reason: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """Core: every sidecar said hello, the vCPUs may run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Core: the VM is over; ``status`` is the exit status for vmmctl, ``detail`` is for a person."""
+
+    status: int
+    reason: Word
+    detail: Json = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarDied:
+    """To the core."""
+
+    device_id: Id
+    reason: Line
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownVm:
+    """To the core: end the VM at once, flush the disks."""
+
+
+@dataclass(frozen=True, slots=True)
+class KillSidecar:
+    """Core: this device's sidecar is silent past a deadline."""
+
+    device_id: Id
+
+
+Life: TypeAlias = Ready | Failed | Running | Ended | SidecarDied | ShutdownVm | KillSidecar
