@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type
 
 import capnp
 
+from motorcade.proto.memory import Region
 from motorcade.proto.messages import (
     MAX_CONFIG,
     MAX_QUEUES,
@@ -51,7 +52,6 @@ from motorcade.proto.messages import (
     Queue,
     QueueStats,
     Ready,
-    Region,
     Request,
     Reset,
     Role,
