@@ -13,9 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from motorcade.proto.messages import Queue as QueueConfig
+from motorcade.proto.messages import QueueStats
+
 if TYPE_CHECKING:
     from motorcade.proto.memory import GuestMemory
-    from motorcade.proto.schema import Boot, QueueStats, StatsReport
+    from motorcade.proto.messages import Boot, StatsReport
+
+__all__ = ["BrokenQueue", "Device", "QueueConfig", "QueueStats", "broken", "init_memory", "init_queue", "map_isr"]
 
 # Feature bits that every kind offers for its own queues (virtio 1.2, section 6).
 RING_INDIRECT_DESC = 1 << 28
@@ -23,18 +28,6 @@ RING_EVENT_IDX = 1 << 29
 RING_FEATURES = RING_INDIRECT_DESC | RING_EVENT_IDX
 
 MAX_QUEUE_SIZE = 1024  # MC_MAX_QUEUE_SIZE
-
-
-@dataclass(frozen=True, slots=True)
-class QueueConfig:
-    """One queue as the driver set it up (virtio 1.2, section 4.2.2). Bounded by the runtime, not yet by the rings'
-    place in memory, which the C part checks."""
-
-    index: int
-    size: int  # entries, a power of two, no more than was offered
-    desc: int  # guest physical addresses
-    driver: int
-    device: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +45,9 @@ class Device(abc.ABC):
     runtime never closes them; they are of the process's life and need not be closed.
     """
 
-    virtio_type: ClassVar[int]  # virtio 1.2, section 5; 0: not a virtio device, runs from the start and is never activated
+    ffi: ClassVar[Any]  # of the kind's C extension
+    lib: ClassVar[Any]
+    virtio_type: int  # virtio 1.2, section 5; 0: no virtio device: it runs from the start and is never activated
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
         self.boot = boot
@@ -111,8 +106,9 @@ class Device(abc.ABC):
         """Flushes what the host must not lose and lets go of the backend. ``run`` has returned. May raise OSError."""
 
     def fileno_events(self) -> Mapping[int, Callable[[], None]]:
-        """Readable descriptors that the main loop polls for this kind, level-triggered, beside ``event_fd``. Asked once,
-        before the loop."""
+        """Readable descriptors that the main loop polls for this kind, level-triggered, beside ``event_fd``.
+
+        Asked once, before the loop."""
         return {}
 
 
@@ -156,8 +152,6 @@ def broken(ffi: Any, lib: Any, vqs: Sequence[Any]) -> list[BrokenQueue]:
 def queue_stats(vq: Any, index: int) -> QueueStats:
     """The counters of a ``struct mc_vq *``. The data thread may be adding to them: each is exact, together they are not
     one moment's."""
-    from motorcade.proto.schema import QueueStats
-
     s = vq.stats
     return QueueStats(
         index=index,

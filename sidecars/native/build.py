@@ -1,7 +1,7 @@
 """cffi builders (API mode) of the sidecars' C data paths: one extension a kind.
 
-Each kind is built from ``KIND*.c`` and ``virtqueue*.c``; its declarations are ``virtqueue.cdef.h`` and
-``KIND.cdef.h``, each next to a header of the same name. ``python sidecars/native/build.py KIND`` builds one
+Each kind is built from ``KIND*.c``, ``virtqueue*.c`` and ``sandbox*.c``; its declarations are their ``.cdef.h`` files,
+each next to a header of the same name. ``python sidecars/native/build.py KIND`` builds one
 in place; ``setup.py`` builds them all. ``MOTORCADE_SANITIZE=address,undefined`` builds with sanitizers.
 """
 
@@ -19,7 +19,7 @@ LIBRARIES = {"blk": ["uring"], "net": ["uring"], "serial": []}
 
 def builder(kind: str) -> FFI:
     """The builder of ``motorcade.sidecars._KIND``."""
-    names = ["virtqueue", kind]
+    names = ["virtqueue", "sandbox", kind]
     sources = sorted({p for name in names for p in HERE.glob(f"{name}*.c")})
     ffi = FFI()
     for name in names:

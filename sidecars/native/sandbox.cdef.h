@@ -1,0 +1,1 @@
+int mc_sandbox_enter(const char **step);
