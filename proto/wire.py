@@ -51,7 +51,7 @@ class Wait:
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._event, select.EPOLLIN)
         for s in sockets:
-            self._epoll.register(s.getsockopt(zmq.FD), select.EPOLLIN)
+            self._epoll.register(int(s.getsockopt(zmq.FD)), select.EPOLLIN)
         self.wake()  # messages may have arrived before the registration
 
     def fileno(self) -> int:
