@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("motorcade.sidecar")
 
+HELLO_TIMEOUT = 30.0  # seconds; the core waits for every sidecar's hello before it runs the guest
+
 
 def main(device_class: type[Device], argv: Sequence[str] | None = None) -> int:
     """``python -m motorcade.sidecars.KIND --boot-fd N``. Returns the exit status."""
@@ -141,6 +143,7 @@ class Sidecar:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(self._term_fd, 1))
         self.say_hello()
+        log.info("welcomed by the core")
         if self.device.virtio_type == 0:
             self.start()
         with selectors.DefaultSelector() as selector:
@@ -151,20 +154,21 @@ class Sidecar:
             selector.register(self._term_fd, selectors.EVENT_READ, self.on_term)
             for fd, callback in self.device.fileno_events().items():
                 selector.register(fd, selectors.EVENT_READ, lambda callback=callback: self.on_kind_event(callback))
-            self.on_control()  # what arrived before the descriptor was polled
             while self.exit_status is None:
                 for key, _ in selector.select():
                     key.data()
                     if self.exit_status is not None:
                         break
-        self.client.close()
+        self.client.close(linger=1.0)  # the answer to shutdown is still to go out
         return self.exit_status
 
     # Events of the main loop.
 
     def on_control(self) -> None:
-        """Messages of the core."""
-        self.client.process(self.on_message)
+        """Messages of the core, whose end is this sidecar's."""
+        if not self.client.process(self.on_message) and self.exit_status is None:
+            log.warning("the core is gone")
+            self.end()
 
     def on_boot_socket(self) -> None:
         """The supervisor has nothing to say to a sidecar but its own end."""
@@ -263,20 +267,19 @@ class Sidecar:
         from motorcade.proto.versions import PROTOCOL_VERSION
 
         device = self.device
-        self.client.hello(
-            Hello(
-                protocol_version=PROTOCOL_VERSION,
-                device_id=device_id(device.boot),
-                pid=os.getpid(),
-                virtio_type=device.virtio_type,
-                features=device.features,
-                queue_sizes=tuple(device.queue_sizes),
-                config=self._config,
-            )
+        hello = Hello(
+            protocol_version=PROTOCOL_VERSION,
+            device_id=device_id(device.boot),
+            pid=os.getpid(),
+            virtio_type=device.virtio_type,
+            features=device.features,
+            queue_sizes=tuple(device.queue_sizes),
+            config=self._config,
         )
+        self.client.hello(hello, HELLO_TIMEOUT)
 
     def on_message(self, message: Message) -> None:
-        """A request, or the answer to hello. Whatever the core sends, a refusal is the worst that comes of it."""
+        """A request of the core's. Whatever it asks, a refusal is the worst that comes of it."""
         from motorcade.proto.messages import Error, ErrorCode
 
         try:
@@ -306,11 +309,6 @@ class Sidecar:
         elif isinstance(body, m.Shutdown):
             self.stop(lambda: self.shutdown(message.id))
             return None
-        elif isinstance(body, m.Welcome):
-            log.info("connected to the core, protocol version %d", body.protocol_version)
-            return None
-        elif isinstance(body, m.Error):
-            raise RuntimeError(f"the core refuses this sidecar: {body.text}")
         elif not isinstance(body, m.Ping):
             raise Refused("unknown", f"a sidecar does not know {type(body).__name__}")
         return m.Ok()

@@ -1,0 +1,280 @@
+"""A real sidecar process under test, with this process in the roles of supervisor and core."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from socket import socket
+from typing import Self
+
+from harness import zygote
+from harness.driver import Memory, Queue
+from motorcade.proto import boot as boot_proto
+from motorcade.proto import messages as m
+from motorcade.proto.framing import ControlServer, Outcome
+from motorcade.proto.versions import PROTOCOL_VERSION
+from motorcade.sidecars.device import RING_EVENT_IDX, RING_INDIRECT_DESC, map_isr
+
+TIMEOUT = 20.0  # seconds, for whatever must happen soon: generous, since CI machines are slow
+
+log = logging.getLogger(__name__)
+
+
+class SidecarGone(Exception):
+    """The process ended, or said that it cannot start. The text has the end of its log."""
+
+
+class Sidecar:
+    """One sidecar from its Boot to its end. Owns the process and everything made for it, not ``fds``.
+
+    ``role`` is BlkBoot and the like; ``fds`` are the backend's descriptors by label; ``queues`` is how many get a kick
+    descriptor. Use it as a context manager. ``cold``: a new interpreter with ``--boot-fd`` instead of a fork. ``wait``: until its hello.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        role: m.BlkBoot | m.NetBoot | m.SerialBoot,
+        fds: Mapping[str, int],
+        *,
+        queues: int,
+        memory: Memory | None = None,
+        cold: bool = False,
+        wait: bool = True,
+        log_level: str = "debug",
+    ) -> None:
+        self.kind, self.role = kind, role
+        self.memory = memory or Memory()
+        self._owns_memory = memory is None
+        self.directory = Path(tempfile.mkdtemp(prefix="mc-"))  # sun_path is short; pytest's directories are not
+        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        self.kicks = [os.eventfd(0, flags) for _ in range(queues)]
+        self.call = os.eventfd(0, flags)
+        self.isr_fd = os.memfd_create("isr", os.MFD_CLOEXEC)
+        os.ftruncate(self.isr_fd, 4096)
+        self._isr = map_isr(self.isr_fd)
+        self.log_path = self.directory / "log"
+        self._log_fd = os.open(self.log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        self.server = ControlServer(self._on_message)
+        self.server.bind(str(self.directory / "core.sock"))
+        self.hello: m.Hello | None = None
+        self.needs_reset: list[m.NeedsReset] = []
+        self.config_changes: list[bytes] = []
+        self.exit_status: int | None = None  # as subprocess has it: negative for a signal
+        self.stopped: str | None = None  # why Life said that it cannot go on
+
+        self.boot_socket, theirs = boot_proto.socketpair()
+        with theirs:
+            self._child = _spawn_cold(kind, theirs) if cold else zygote.get().spawn(kind, theirs)
+        self.pid = self._child.pid
+        self.server.expect(role.device_id, self.pid)
+        boot = m.Boot(
+            protocol_version=PROTOCOL_VERSION,
+            vm_name="test",
+            control_socket=str(self.directory / "core.sock"),
+            regions=tuple(self.memory.regions),
+            log_level=log_level,
+            role=role,
+        )
+        own = {f"kick.{i}": fd for i, fd in enumerate(self.kicks)}
+        own |= {"memory": self.memory.fd, "call.0": self.call, "isr": self.isr_fd, "log": self._log_fd}
+        boot_proto.send_boot(self.boot_socket, boot, {**own, **fds})
+        if wait:
+            try:
+                self.wait_until(lambda: self.hello is not None, "its hello")
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The supervisor's and the core's loop.
+
+    def _on_message(self, device_id: str, message: m.Message) -> None:
+        body = message.body
+        if isinstance(body, m.Hello):
+            self.hello = body
+            self.server.answer(device_id, message.id, m.Welcome(PROTOCOL_VERSION))
+        elif isinstance(body, m.NeedsReset):
+            self.needs_reset.append(body)
+        elif isinstance(body, m.ConfigChanged):
+            self.config_changes.append(body.data)
+
+    def wait_until(self, done: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:
+        """Serves the sidecar until ``done()``. TimeoutError; SidecarGone if it ends before that."""
+        deadline = time.monotonic() + timeout
+        self.process()
+        while not done():
+            if self.exit_status is not None:
+                raise SidecarGone(f"waiting for {what}: status {self.exit_status}, {self.stopped}\n{self.log_tail()}")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"waiting for {what}: nothing in {timeout} s\n{self.log_tail()}")
+            select.select([self.server.fileno(), self.boot_socket, self._child.status], [], [], left)
+            self.process()
+
+    def process(self) -> None:
+        """Takes what has arrived from the sidecar, without waiting."""
+        self.server.process()
+        if self.exit_status is not None:
+            return
+        lives, _ = boot_proto.drain_life(self.boot_socket)
+        for life in lives:
+            if isinstance(life, m.Failed):
+                self.stopped = life.reason
+        if select.select([self._child.status], [], [], 0)[0]:
+            self.exit_status = os.waitstatus_to_exitcode(int.from_bytes(os.read(self._child.status, 4), "little"))
+            self.server.process()  # its last words
+
+    def request(self, body: m.Request, timeout: float = TIMEOUT) -> Outcome:
+        """Asks, and waits for the outcome, whatever it is."""
+        outcomes: list[Outcome] = []
+        self.server.request(self.role.device_id, body, int(timeout * 1000), outcomes.append)
+        self.wait_until(lambda: bool(outcomes), f"the answer to {type(body).__name__}", timeout)
+        return outcomes[0]
+
+    def ask(self, body: m.Request, timeout: float = TIMEOUT) -> None:
+        """A request that must be answered with Ok."""
+        outcome = self.request(body, timeout)
+        assert outcome == m.Ok(), f"{type(body).__name__}: {outcome}\n{self.log_tail()}"
+
+    # The driver's and the core's requests.
+
+    @property
+    def offered(self) -> int:
+        """Feature bits of the hello."""
+        assert self.hello is not None
+        return self.hello.features
+
+    @property
+    def config(self) -> bytes:
+        """Configuration space as last announced."""
+        assert self.hello is not None
+        return self.config_changes[-1] if self.config_changes else self.hello.config
+
+    def queue(self, index: int, size: int = 0, *, event_idx: bool = True, indirect: bool = False) -> Queue:
+        """The driver's end of a queue; ``size`` 0 is the largest offered."""
+        assert self.hello is not None
+        size = size or self.hello.queue_sizes[index]
+        return Queue(self.memory, index, size, self.kicks[index], self.call, event_idx=event_idx, indirect=indirect)
+
+    def activate(self, queues: Sequence[Queue], features: int | None = None) -> None:
+        """DRIVER_OK. ``features`` by default all that was offered, with the ring features that the queues use."""
+        if features is None:
+            features = self.offered & ~(RING_EVENT_IDX | RING_INDIRECT_DESC)
+            features |= RING_EVENT_IDX if all(q.event_idx for q in queues) else 0
+            features |= RING_INDIRECT_DESC if any(q.indirect for q in queues) else 0
+        self.ask(m.Activate(features, tuple(q.config for q in queues)))
+
+    def start(self, size: int = 0, *, count: int = 0, event_idx: bool = True, indirect: bool = False) -> list[Queue]:
+        """Queues 0 to ``count`` - 1 (0: all), activated."""
+        queues = [
+            self.queue(i, size, event_idx=event_idx, indirect=indirect) for i in range(count or len(self.kicks))
+        ]
+        self.activate(queues)
+        return queues
+
+    def reset(self) -> None:
+        """The driver writes 0 to the device status."""
+        self.ask(m.Reset())
+        self.needs_reset.clear()
+
+    def stats(self) -> m.StatsReport:
+        """Its counters."""
+        outcome = self.request(m.StatsRequest())
+        assert isinstance(outcome, m.StatsReport), outcome
+        return outcome
+
+    def wait_needs_reset(self) -> m.NeedsReset:
+        """The first notice that a queue is broken."""
+        self.wait_until(lambda: bool(self.needs_reset), "NeedsReset")
+        return self.needs_reset[0]
+
+    @property
+    def interrupt_status(self) -> int:
+        """The register, in ``struct mc_isr``."""
+        return int.from_bytes(self._isr[:4], "little")
+
+    def acknowledge(self) -> None:
+        """The driver writes InterruptACK. Only while the device is idle: this is no atomic AND."""
+        self._isr[:4] = bytes(4)
+
+    # Its end.
+
+    def shutdown(self, timeout: float = TIMEOUT) -> int:
+        """The core's orderly shutdown. Returns the exit status."""
+        self.ask(m.Shutdown(), timeout)
+        return self.wait_exit(timeout)
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        """Sends a signal and waits for the end. Returns the exit status."""
+        os.kill(self.pid, number)
+        return self.wait_exit()
+
+    def wait_exit(self, timeout: float = TIMEOUT) -> int:
+        """Waits for the end. Returns the exit status."""
+        self.wait_until(lambda: self.exit_status is not None, "its end", timeout)
+        assert self.exit_status is not None
+        return self.exit_status
+
+    @property
+    def alive(self) -> bool:
+        """It has not ended yet."""
+        self.process()
+        return self.exit_status is None
+
+    def log_lines(self) -> list[dict[str, str]]:
+        """What it logged as JSON."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def log_tail(self, size: int = 4000) -> str:
+        """The end of its log, for messages."""
+        return self.log_path.read_text(errors="replace")[-size:]
+
+    def close(self) -> None:
+        """Kills what is left of it and removes what was made for it."""
+        if self.exit_status is None:
+            with contextlib.suppress(ProcessLookupError, TimeoutError):
+                self.kill()
+        self.server.close()
+        self.boot_socket.close()
+        for fd in [*self.kicks, self.call, self.isr_fd, self._log_fd, self._child.status]:
+            os.close(fd)
+        self._isr.close()
+        if self._owns_memory:
+            self.memory.close()
+        shutil.rmtree(self.directory)
+
+
+def _spawn_cold(kind: str, boot_socket: socket) -> zygote.Child:
+    """``python -m motorcade.sidecars.KIND --boot-fd N``."""
+    fd = boot_socket.fileno()
+    env = {**os.environ, "PYTHONPATH": f"{zygote.ROOT}:{zygote.ROOT / 'tests'}"}
+    command = [sys.executable, "-m", f"motorcade.sidecars.{kind}", "--boot-fd", str(fd)]
+    process = subprocess.Popen(command, pass_fds=[fd], env=env, stdin=subprocess.DEVNULL)
+    status, theirs = os.pipe2(os.O_CLOEXEC)
+
+    def reap() -> None:
+        code = process.wait()
+        os.write(theirs, (-code if code < 0 else code << 8).to_bytes(4, "little"))
+        os.close(theirs)
+
+    threading.Thread(target=reap, daemon=True).start()
+    return zygote.Child(process.pid, status)
