@@ -132,7 +132,7 @@ class Rtc:
         hour = self._decode(hours)
         if not self._ram[_B] & _HOURS_24:
             hour = self._decode(hours & ~_PM) % 12 + (12 if hours & _PM else 0)
-        year = min(max(self._decode(registers[CENTURY]) * 100 + self._decode(registers[_YEAR]), 1900), 9998)
+        year = min(max(self._decode(registers[CENTURY]) * 100 + self._decode(registers[_YEAR]), 1900), 9000)
         month = min(max(self._decode(registers[_MONTH]), 1), 12)
         day = min(max(self._decode(registers[_DAY]), 1), calendar.monthrange(year, month)[1])
         t = datetime(
