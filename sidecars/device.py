@@ -47,7 +47,7 @@ class Device(abc.ABC):
 
     ffi: ClassVar[Any]  # of the kind's C extension
     lib: ClassVar[Any]
-    virtio_type: int  # virtio 1.2, section 5; 0: no virtio device: it runs from the start and is never activated
+    virtio_type: int  # virtio 1.2, section 5; 0: no virtio device: always on and never activated
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
         self.boot = boot
@@ -55,6 +55,12 @@ class Device(abc.ABC):
         self.memory = memory
         # Signalled by the C loop when the main loop should look at broken_queues() and config.
         self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    @property
+    def always_on(self) -> bool:
+        """``run`` is entered once and left at the end only; ``activate`` and ``reset`` are called while it runs, and
+        after ``reset`` has returned nothing touches guest memory or raises an interrupt."""
+        return False
 
     @property
     @abc.abstractmethod
@@ -73,7 +79,7 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def activate(self, features: int, queues: Sequence[QueueConfig]) -> None:
-        """The driver is ready; ``run`` follows on the data thread. ``features`` is a subset of those offered.
+        """The driver is ready; ``run`` follows on the data thread, where it is not ``always_on``. ``features`` is a subset of those offered.
 
         A queue whose rings are not legal is no error: it is broken from the start (``broken_queues``).
         """
@@ -88,7 +94,7 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def reset(self) -> None:
-        """Forgets the driver's settings. ``run`` has returned, or was never called."""
+        """Forgets the driver's settings. ``run`` has returned or was never called, where it is not ``always_on``."""
 
     def broken_queues(self) -> list[BrokenQueue]:
         """The queues that are broken now. The runtime announces each once an activation."""

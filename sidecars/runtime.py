@@ -1,7 +1,7 @@
 """The main of every sidecar: its process's story, its side of the control plane, its data thread.
 
 Two threads. The main thread polls; it never waits for the backend, so that a ping is answered while a disk is slow.
-The data thread exists while the driver is ready and is inside one C call, ``Device.run``.
+The data thread exists while the driver is ready (or always: ``Device.always_on``), inside one C call, ``Device.run``.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class Sidecar:
         self._done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # signalled by the data thread's last act
         self._term_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._when_stopped: list[Callable[[], None]] = []
+        self._activated = False
         self._broken: set[int] = set()  # queues announced since the activation
         self._config = device.config
 
@@ -144,7 +145,7 @@ class Sidecar:
         signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(self._term_fd, 1))
         self.say_hello()
         log.info("welcomed by the core")
-        if self.device.virtio_type == 0:
+        if self.device.always_on:
             self.start()
         with selectors.DefaultSelector() as selector:
             selector.register(self.client.fileno(), selectors.EVENT_READ, self.on_control)
@@ -300,7 +301,10 @@ class Sidecar:
         if isinstance(body, m.Activate):
             self.activate(body)
         elif isinstance(body, m.Reset):
-            self.stop(lambda: self.reset(message.id))
+            if self.device.always_on:
+                self.reset(message.id)
+            else:
+                self.stop(lambda: self.reset(message.id))
             return None
         elif isinstance(body, m.ConfigWrite):
             self.write_config(body)
@@ -315,7 +319,7 @@ class Sidecar:
 
     def activate(self, request: Activate) -> None:
         """Bounds what the core passes on of the guest's, and starts the data thread."""
-        if self.device.virtio_type == 0 or self.state is not State.IDLE:
+        if self.device.virtio_type == 0 or self._activated or self.state is State.STOPPING:
             raise Refused("state", f"cannot be activated: {self.state.value}, virtio type {self.device.virtio_type}")
         if unknown := request.features & ~(self.device.features | TRANSPORT_FEATURES):
             raise Refused("invalid", f"feature bits {unknown:#x} were not offered")
@@ -329,19 +333,20 @@ class Sidecar:
             if not 0 < q.size <= sizes[q.index] or q.size & (q.size - 1):
                 raise Refused("invalid", f"queue {q.index}: size {q.size} is not a power of two up to {sizes[q.index]}")
         self._broken.clear()
+        self._activated = True
         self.device.activate(request.features & self.device.features, queues)
         log.info("activated: features %#x, queues %s", request.features, [q.index for q in queues])
-        self.start()
+        if not self.device.always_on:
+            self.start()
 
     def reset(self, request_id: int) -> None:
-        """The data thread has returned."""
+        """Nothing is in flight: the data thread has returned, or is always on and stops its queues itself."""
         from motorcade.proto.messages import Ok
 
         self.device.reset()
+        self._activated = False
         self._broken.clear()
         self.client.answer(request_id, Ok())
-        if self.device.virtio_type == 0:
-            self.start()
 
     def write_config(self, request: ConfigWrite) -> None:
         """The driver wrote to configuration space."""
