@@ -79,7 +79,8 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def activate(self, features: int, queues: Sequence[QueueConfig]) -> None:
-        """The driver is ready; ``run`` follows on the data thread, where it is not ``always_on``. ``features`` is a subset of those offered.
+        """The driver is ready; ``run`` follows on the data thread, where it is not ``always_on``. ``features`` is a
+        subset of those offered.
 
         A queue whose rings are not legal is no error: it is broken from the start (``broken_queues``).
         """
