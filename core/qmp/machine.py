@@ -1,0 +1,125 @@
+"""The machine as QMP sees it: what the core implements for its QMP server."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from motorcade.proto.messages import StatsReport
+
+
+class RunState(enum.StrEnum):
+    """QEMU's RunState, as far as it applies here; the values are those of query-status."""
+
+    PRELAUNCH = "prelaunch"  # never started yet
+    RUNNING = "running"
+    PAUSED = "paused"
+    INMIGRATE = "inmigrate"
+    POSTMIGRATE = "postmigrate"
+    SHUTDOWN = "shutdown"
+    INTERNAL_ERROR = "internal-error"
+
+    @property
+    def runs(self) -> bool:
+        """Whether vCPUs execute."""
+        return self is RunState.RUNNING
+
+
+@dataclass(frozen=True, slots=True)
+class Vcpu:
+    """One vCPU: its index, its host thread, and its place in the topology that the guest is shown."""
+
+    index: int
+    tid: int
+    socket: int = 0
+    core: int = 0
+    thread: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDevice:
+    """A disk for query-block; ``size`` in bytes, ``backing`` the read-only base of an overlay or empty."""
+
+    device_id: str
+    filename: str
+    driver: str
+    size: int
+    readonly: bool = False
+    direct: bool = False
+    backing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CharDevice:
+    """A console for query-chardev; ``filename`` says the backend in QEMU's form, such as ``pty:/dev/pts/3``."""
+
+    label: str
+    filename: str
+    frontend_open: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """One backend process; ``slot`` is its virtio-mmio slot, None for the 16550's."""
+
+    device_id: str
+    kind: str
+    pid: int
+    state: str
+    slot: int | None = None
+
+
+class MachineControl(Protocol):
+    """What the QMP server asks of the machine, always on the core's main thread.
+
+    A method that changes something emits its event (events.py) before it returns, and raises QmpError (errors.py)
+    with a reason for a person when it cannot be done; nothing has changed then.
+    """
+
+    @property
+    def name(self) -> str:
+        """The VM's name in machine.yaml."""
+
+    @property
+    def uuid(self) -> str:
+        """The VM's UUID in its usual form."""
+
+    @property
+    def run_state(self) -> RunState:
+        """The state at this moment."""
+
+    def vcpus(self) -> Sequence[Vcpu]:
+        """The vCPUs by index."""
+
+    def pause(self) -> None:
+        """Stops the vCPUs; they have stopped when it returns. Event STOP; nothing if they were stopped."""
+
+    def resume(self) -> None:
+        """Lets the vCPUs run. Event RESUME; nothing if they ran."""
+
+    def reset(self, reason: str) -> None:
+        """Resets the machine as its reset button would, running or paused. Event RESET with ``reason``."""
+
+    def powerdown(self) -> None:
+        """Presses the ACPI power button. Event POWERDOWN."""
+
+    def quit(self, reason: str) -> None:
+        """Ends the VM, flushing its disks. Event SHUTDOWN with ``reason``."""
+
+    def block_devices(self) -> Sequence[BlockDevice]:
+        """The disks in slot order."""
+
+    def char_devices(self) -> Sequence[CharDevice]:
+        """The consoles, the 16550's first."""
+
+    def sidecars(self) -> Sequence[Sidecar]:
+        """The backend processes in slot order."""
+
+    def sidecar_stats(self, device_id: str, done: Callable[[StatsReport | None], None]) -> None:
+        """Asks a sidecar for its counters; ``done`` is called once, now or later, with None when it gives none.
+
+        Raises DeviceNotFound.
+        """
