@@ -1,0 +1,489 @@
+/*
+ * Life cycle and the loop of the net sidecar's data path. The loop sleeps in epoll and nowhere else. A queue that has
+ * more to do than one batch is run again after the others had their turn, with epoll only looked at in between.
+ */
+#include "net_impl.h"
+
+#include <errno.h>
+#include <linux/virtio_ring.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+enum { EVENTS = 64 };
+
+void net_event(struct mc_net *net)
+{
+	const uint64_t one = 1;
+	/* EAGAIN: it is signalled already. */
+	ssize_t n = write(net->event_fd, &one, sizeof(one));
+	(void)n;
+}
+
+void net_queue_broken(struct mc_net *net, struct mc_vq *vq)
+{
+	if (vq->error)
+		net_event(net);
+}
+
+void net_set_link(struct mc_net *net, bool up)
+{
+	if (__atomic_exchange_n(&net->link_up, up, __ATOMIC_RELAXED) != up)
+		net_event(net);
+}
+
+int net_poll(struct mc_net *net, int fd, enum net_tag tag, uint16_t index, uint32_t events)
+{
+	struct epoll_event e = {.events = events, .data.u64 = (uint64_t)tag << 32 | index};
+
+	if (epoll_ctl(net->epoll_fd, EPOLL_CTL_ADD, fd, &e) == 0)
+		return 0;
+	if (errno == EEXIST && epoll_ctl(net->epoll_fd, EPOLL_CTL_MOD, fd, &e) == 0)
+		return 0;
+	return -1;
+}
+
+void net_unpoll(struct mc_net *net, int fd)
+{
+	/* ENOENT: it was not in the set, which is what is wanted. */
+	if (net->epoll_fd >= 0)
+		(void)!epoll_ctl(net->epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+}
+
+void net_pair_poll(struct mc_net *net, struct net_pair *p)
+{
+	uint32_t events = 0;
+
+	if (p->fd < 0)
+		return;
+	if (p->rx_state == RX_READY || p->rx_state == RX_POLL)
+		events |= EPOLLIN;
+	if (p->tx_state == TX_BLOCKED)
+		events |= EPOLLOUT;
+	if (events == p->events)
+		return;
+	/* Out of the set rather than without events: an error or hang-up would be reported all the same, over and over,
+	 * while the guest has no buffers to read what comes before it. */
+	if (!events)
+		net_unpoll(net, p->fd);
+	else if (net_poll(net, p->fd, TAG_BACKEND, (uint16_t)(p - net->pairs), events) < 0)
+		net_backend_lost(net, errno);
+	p->events = events;
+}
+
+void net_backend_lost(struct mc_net *net, int error)
+{
+	__atomic_store_n(&net->backend_error, error, __ATOMIC_RELAXED);
+	for (uint16_t i = 0; i < net->max_pairs; i++) {
+		struct net_pair *p = &net->pairs[i];
+
+		if (p->fd >= 0)
+			net_unpoll(net, p->fd);
+		p->fd = -1;
+		p->events = 0;
+		p->rx_state = RX_OFF;
+		if (p->tx_state == TX_BLOCKED)
+			p->tx_state = TX_READY;
+	}
+	net_set_link(net, false);
+}
+
+void net_capture(struct mc_net *net, const struct iovec *iov, uint32_t n, size_t skip, size_t len)
+{
+	if (net->pcap.fd < 0 || net->pcap.error)
+		return;
+	if (net_pcap_packet(&net->pcap, iov, n, skip, len))
+		net_event(net);
+	else
+		net->counters.captured++;
+}
+
+int net_set_offloads(struct mc_net *net, uint64_t guest)
+{
+	int err = 0;
+
+	if (net->backend == MC_NET_TAP && !net->backend_error)
+		err = net_tap_offloads(net->fds[0], guest);
+	if (!err)
+		net->offloads = guest;
+	return err;
+}
+
+int net_set_pairs(struct mc_net *net, uint16_t n)
+{
+	int err = 0;
+
+	for (uint16_t i = 0; i < net->max_pairs; i++) {
+		struct net_pair *p = &net->pairs[i];
+		bool active = i < n;
+
+		if (net->backend == MC_NET_TAP && net->max_pairs > 1 && p->fd >= 0) {
+			/* First out of epoll: a detached queue is nothing but errors. */
+			if (!active && p->events) {
+				net_unpoll(net, p->fd);
+				p->events = 0;
+			}
+			int e = net_tap_queue(p->fd, active);
+			if (e)
+				err = e;
+		}
+		if (active == p->active)
+			continue;
+		p->active = active;
+		p->rx_state = RX_OFF;
+		p->tx_state = active && p->tx_set && !p->tx.error ? TX_READY : TX_OFF;
+		if (active)
+			net_rx_start(p);
+		else
+			net_rx_give_back(p);
+	}
+	__atomic_store_n(&net->active_pairs, n, __ATOMIC_RELAXED);
+	return err;
+}
+
+static bool wait_for_more(const struct mc_net *net)
+{
+	for (uint16_t i = 0; i < net->max_pairs; i++)
+		if (net->pairs[i].rx_state == RX_READY || net->pairs[i].tx_state == TX_READY)
+			return false;
+	return true;
+}
+
+static void kicked(struct mc_vq *vq)
+{
+	uint64_t n;
+
+	if (read(vq->kick_fd, &n, sizeof(n)) == sizeof(n))
+		vq->stats.kicks++;
+}
+
+/* True: asked to stop. */
+static bool handle(struct mc_net *net, const struct epoll_event *e, bool *ctrl)
+{
+	enum net_tag tag = (enum net_tag)(e->data.u64 >> 32);
+	struct net_pair *p = &net->pairs[(uint32_t)e->data.u64];
+
+	switch (tag) {
+	case TAG_STOP:
+		return true;
+	case TAG_CTRL:
+		kicked(&net->ctrl);
+		*ctrl = true;
+		break;
+	case TAG_RX_KICK:
+		kicked(&p->rx);
+		if (p->rx_state == RX_STARVED)
+			p->rx_state = RX_READY;
+		break;
+	case TAG_TX_KICK:
+		kicked(&p->tx);
+		if (p->tx_state == TX_KICK)
+			p->tx_state = TX_READY;
+		break;
+	case TAG_BACKEND:
+		if (net->backend == MC_NET_LINK && !net->link.greeted) {
+			net_link_event(net, tag);
+			break;
+		}
+		/* EPOLLERR and EPOLLHUP: whoever tries next finds out what it is. */
+		if (p->rx_state == RX_POLL && (e->events & ~(uint32_t)EPOLLOUT))
+			p->rx_state = RX_READY;
+		if (p->tx_state == TX_BLOCKED && (e->events & ~(uint32_t)EPOLLIN))
+			p->tx_state = TX_READY;
+		break;
+	case TAG_LISTEN:
+	case TAG_INOTIFY:
+	case TAG_TIMER:
+		net_link_event(net, tag);
+		break;
+	}
+	return false;
+}
+
+static int poll_all(struct mc_net *net)
+{
+	int err = net_poll(net, net->stop_fd, TAG_STOP, 0, EPOLLIN);
+
+	if (net->ctrl_set)
+		err |= net_poll(net, net->ctrl.kick_fd, TAG_CTRL, 0, EPOLLIN);
+	for (uint16_t i = 0; i < net->max_pairs; i++) {
+		struct net_pair *p = &net->pairs[i];
+
+		p->events = 0;
+		if (p->rx_set)
+			err |= net_poll(net, p->rx.kick_fd, TAG_RX_KICK, i, EPOLLIN);
+		if (p->tx_set)
+			err |= net_poll(net, p->tx.kick_fd, TAG_TX_KICK, i, EPOLLIN);
+	}
+	if (net->backend == MC_NET_LINK) {
+		err |= net_poll(net, net->link.inotify_fd, TAG_INOTIFY, 0, EPOLLIN);
+		err |= net_poll(net, net->link.timer_fd, TAG_TIMER, 0, EPOLLIN);
+	}
+	return err ? -errno : 0;
+}
+
+static int loop(struct mc_net *net)
+{
+	struct epoll_event events[EVENTS];
+	bool ctrl = net->ctrl_set;
+
+	for (;;) {
+		if (ctrl)
+			ctrl = net_ctrl_run(net);
+		for (uint16_t i = 0; i < net->max_pairs; i++) {
+			struct net_pair *p = &net->pairs[i];
+
+			if (p->tx_state == TX_READY)
+				net_tx_run(net, p);
+			if (p->rx_state == RX_READY)
+				net_rx_run(net, p);
+		}
+		bool idle = !ctrl && wait_for_more(net);
+		if (idle && net_pcap_flush(&net->pcap))
+			net_event(net);
+		int n = epoll_wait(net->epoll_fd, events, EVENTS, idle ? -1 : 0);
+		if (n < 0 && errno != EINTR)
+			return -errno;
+		for (int i = 0; i < n; i++)
+			if (handle(net, &events[i], &ctrl))
+				return 0;
+	}
+}
+
+int mc_net_run(struct mc_net *net)
+{
+	uint64_t stop;
+	int err;
+
+	net->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (net->epoll_fd < 0)
+		return -errno;
+	err = poll_all(net);
+	/* What was kicked before we listened: look at everything once. */
+	for (uint16_t i = 0; i < net->max_pairs; i++) {
+		struct net_pair *p = &net->pairs[i];
+
+		net_rx_start(p);
+		p->tx_state = p->tx_set && p->active && !p->tx.error ? TX_READY : TX_OFF;
+	}
+	if (!err && net->backend == MC_NET_LINK)
+		net_link_start(net);
+	if (!err)
+		err = loop(net);
+
+	if (net->backend == MC_NET_LINK)
+		net_link_stop(net);
+	for (uint16_t i = 0; i < net->max_pairs; i++)
+		net_rx_give_back(&net->pairs[i]);
+	if (net_pcap_flush(&net->pcap))
+		net_event(net);
+	close(net->epoll_fd);
+	net->epoll_fd = -1;
+	while (read(net->stop_fd, &stop, sizeof(stop)) > 0)
+		;
+	return err;
+}
+
+void mc_net_stop(struct mc_net *net)
+{
+	const uint64_t one = 1;
+	ssize_t n = write(net->stop_fd, &one, sizeof(one));
+	(void)n;
+}
+
+int mc_net_event_fd(const struct mc_net *net) { return net->event_fd; }
+uint64_t mc_net_features(const struct mc_net *net) { return net->offered; }
+
+void mc_net_get_status(const struct mc_net *net, struct mc_net_status *s)
+{
+	uint64_t mac = __atomic_load_n(&net->mac, __ATOMIC_RELAXED);
+
+	memcpy(s->mac, &mac, sizeof(s->mac));
+	s->link_up = __atomic_load_n(&net->link_up, __ATOMIC_RELAXED);
+	s->backend_error = __atomic_load_n(&net->backend_error, __ATOMIC_RELAXED);
+	s->capture_error = __atomic_load_n(&net->pcap.error, __ATOMIC_RELAXED);
+	s->link_error = __atomic_load_n(&net->link.error, __ATOMIC_RELAXED);
+	s->active_pairs = __atomic_load_n(&net->active_pairs, __ATOMIC_RELAXED);
+	s->counters = net->counters;
+}
+
+/* 5.1.2: the control queue comes after the pairs that the driver may use, which without MQ is one. */
+static struct mc_vq *queue_at(struct mc_net *net, uint16_t index, bool **set)
+{
+	uint16_t pairs = net->features & BIT(VIRTIO_NET_F_MQ) ? net->max_pairs : 1;
+
+	if (index == 2 * pairs && (net->features & BIT(VIRTIO_NET_F_CTRL_VQ))) {
+		*set = &net->ctrl_set;
+		return &net->ctrl;
+	}
+	if (index >= 2 * pairs)
+		return NULL;
+	struct net_pair *p = &net->pairs[index / 2];
+	*set = index % 2 ? &p->tx_set : &p->rx_set;
+	return index % 2 ? &p->tx : &p->rx;
+}
+
+const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index)
+{
+	bool *set = NULL;
+	const struct mc_vq *vq = queue_at((struct mc_net *)(uintptr_t)net, index, &set);
+
+	return vq && *set ? vq : NULL;
+}
+
+int mc_net_set_features(struct mc_net *net, uint64_t features)
+{
+	net->features = features;
+	net->mrg = features & BIT(VIRTIO_NET_F_MRG_RXBUF);
+	return net_set_offloads(net, features & NET_GUEST_OFFLOADS);
+}
+
+int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used,
+		     uint16_t last_avail, uint16_t used_idx, int kick, int call)
+{
+	bool *set = NULL;
+	struct mc_vq *vq = queue_at(net, index, &set);
+
+	if (!vq)
+		return -1;
+	vq->mem = net->mem;
+	vq->isr = net->isr;
+	vq->kick_fd = kick;
+	vq->call_fd = call;
+	vq->index = index;
+	vq->event_idx = net->features & BIT(VIRTIO_RING_F_EVENT_IDX);
+	vq->indirect = net->features & BIT(VIRTIO_RING_F_INDIRECT_DESC);
+	vq->last_avail = last_avail;
+	vq->used_idx = used_idx;
+	*set = mc_vq_init(vq, size, desc, avail, used) == MC_VQ_OK;
+	return vq->error;
+}
+
+void mc_net_reset(struct mc_net *net)
+{
+	for (uint16_t i = 0; i < net->max_pairs; i++) {
+		struct net_pair *p = &net->pairs[i];
+
+		p->rx_set = p->tx_set = false;
+		p->stash_len = 0;
+		p->want = 2048;
+		memset(&p->rx, 0, sizeof(p->rx));
+		memset(&p->tx, 0, sizeof(p->tx));
+	}
+	memset(&net->ctrl, 0, sizeof(net->ctrl));
+	net->ctrl_set = false;
+	net_set_pairs(net, 1);
+	mc_net_set_features(net, 0);
+	__atomic_store_n(&net->mac, net->boot_mac, __ATOMIC_RELAXED);
+}
+
+static uint64_t offered(const struct mc_net *net, uint64_t guest, uint16_t mtu)
+{
+	uint64_t f = BIT(VIRTIO_NET_F_MAC) | BIT(VIRTIO_NET_F_MRG_RXBUF) | BIT(VIRTIO_NET_F_STATUS) |
+		     BIT(VIRTIO_NET_F_CTRL_VQ) | BIT(VIRTIO_NET_F_CTRL_RX) | BIT(VIRTIO_NET_F_CTRL_RX_EXTRA) |
+		     BIT(VIRTIO_NET_F_CTRL_MAC_ADDR) | BIT(VIRTIO_RING_F_EVENT_IDX) | BIT(VIRTIO_RING_F_INDIRECT_DESC);
+
+	if (mtu)
+		f |= BIT(VIRTIO_NET_F_MTU);
+	if (net->max_pairs > 1)
+		f |= BIT(VIRTIO_NET_F_MQ);
+	if (net->backend == MC_NET_PASST)
+		return f;
+	/* What a tap's kernel or a link's other end can do with unfinished frames of ours is always the same. */
+	f |= BIT(VIRTIO_NET_F_CSUM) | BIT(VIRTIO_NET_F_HOST_TSO4) | BIT(VIRTIO_NET_F_HOST_TSO6) |
+	     BIT(VIRTIO_NET_F_HOST_ECN);
+	if (guest & BIT(VIRTIO_NET_F_GUEST_UFO))
+		f |= BIT(VIRTIO_NET_F_HOST_UFO);
+	return guest ? f | guest | BIT(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) : f;
+}
+
+static int init(struct mc_net *net, const int *fds, uint16_t mtu, int capture)
+{
+	const uint64_t link = NET_GUEST_OFFLOADS & ~BIT(VIRTIO_NET_F_GUEST_UFO);
+	uint64_t guest = 0;
+	int err = net_pcap_init(&net->pcap, capture);
+
+	net->stop_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	net->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	net->tx_bounce = malloc(NET_ROOM);
+	if (net->stop_fd < 0 || net->event_fd < 0 || !net->tx_bounce)
+		return -errno;
+	for (uint16_t i = 0; i < net->max_pairs; i++) {
+		struct net_pair *p = &net->pairs[i];
+
+		p->iov = malloc(sizeof(*p->iov) * RX_IOV);
+		p->bounce = malloc(NET_ROOM);
+		if (!p->iov || !p->bounce)
+			return -ENOMEM;
+		p->fd = -1;
+	}
+	switch (net->backend) {
+	case MC_NET_TAP:
+		for (uint16_t i = 0; i < net->max_pairs; i++)
+			net->pairs[i].fd = net->fds[i] = fds[i];
+		guest = net_tap_probe(fds[0]);
+		break;
+	case MC_NET_PASST:
+		net->pairs[0].fd = net->fds[0] = fds[0];
+		err = err ? err : net_stream_init(&net->stream);
+		break;
+	case MC_NET_LINK:
+		guest = link;
+		err = err ? err : net_link_init(net, fds[0], fds[1]);
+		break;
+	}
+	net->link_up = net->backend != MC_NET_LINK;
+	net->offered = offered(net, guest, mtu);
+	mc_net_reset(net);
+	return err;
+}
+
+struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int backend, const int *fds, uint16_t pairs,
+			   const uint8_t mac[6], uint16_t mtu, int capture)
+{
+	struct mc_net *net;
+	int err;
+
+	if (!pairs || pairs > MC_NET_MAX_PAIRS || backend < MC_NET_TAP || backend > MC_NET_LINK ||
+	    (backend != MC_NET_TAP && pairs > 1)) {
+		errno = EINVAL;
+		return NULL;
+	}
+	net = calloc(1, sizeof(*net) + sizeof(net->pairs[0]) * pairs);
+	if (!net)
+		return NULL;
+	net->mem = mem;
+	net->isr = isr;
+	net->backend = (enum mc_net_backend)backend;
+	net->max_pairs = pairs;
+	net->epoll_fd = net->stop_fd = net->event_fd = -1;
+	net->link.fd = net->link.listen_fd = net->link.inotify_fd = net->link.timer_fd = -1;
+	memcpy(&net->boot_mac, mac, 6);
+	err = init(net, fds, mtu, capture);
+	if (err) {
+		mc_net_close(net);
+		errno = -err;
+		return NULL;
+	}
+	return net;
+}
+
+void mc_net_close(struct mc_net *net)
+{
+	if (net->backend == MC_NET_LINK)
+		net_link_deinit(net);
+	net_pcap_deinit(&net->pcap);
+	net_stream_deinit(&net->stream);
+	for (uint16_t i = 0; i < net->max_pairs; i++) {
+		free(net->pairs[i].iov);
+		free(net->pairs[i].bounce);
+	}
+	free(net->tx_bounce);
+	if (net->stop_fd >= 0)
+		close(net->stop_fd);
+	if (net->event_fd >= 0)
+		close(net->event_fd);
+	free(net);
+}

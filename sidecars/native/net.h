@@ -1,0 +1,106 @@
+/*
+ * The data path of the net sidecar (virtio 1.2, section 5.1): one thread, one epoll set, every queue pair.
+ *
+ * Each packet crosses this process once, by readv/writev between a backend and guest memory; the 12-byte header alone
+ * is copied here, checked, and copied on. A frame is copied whole only where that cannot be: passt's byte stream, a
+ * link to a guest without offloads, and a packet for which the guest has too few buffers just now.
+ *
+ *   net.c        life cycle and the loop         net_tap.c    tap ioctls
+ *   net_rx.c     backend to guest                net_stream.c passt: 4-byte length, then the frame, over a byte stream
+ *   net_tx.c     guest to backend                net_link.c   another VM's net sidecar: who listens, who connects
+ *   net_ctrl.c   the control queue               net_gso.c    checksums and segmentation for guests that cannot
+ *   net_hdr.c    checks of virtio_net_hdr        net_pcap.c   capture
+ */
+#ifndef MC_NET_H
+#define MC_NET_H
+
+#include <linux/virtio_net.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "virtqueue.h"
+
+#define MC_NET_MAX_PAIRS 16
+#define MC_NET_QUEUE_SIZE 256
+#define MC_NET_CTRL_SIZE 64
+
+#define MC_NET_HDR ((uint32_t)sizeof(struct virtio_net_hdr_v1))
+#define MC_NET_MIN_FRAME 14u		/* an Ethernet header */
+#define MC_NET_MAX_FRAME (65535u + 18u)	/* the largest IP packet behind a VLAN-tagged Ethernet header */
+#define MC_NET_IOV_MAX 1024u		/* UIO_MAXIOV: what readv and writev take */
+
+enum mc_net_backend { MC_NET_TAP, MC_NET_PASST, MC_NET_LINK };
+
+/* What one device counted. Written by the data thread only; read at any time. */
+struct mc_net_counters {
+	uint64_t rx_packets, tx_packets;
+	uint64_t rx_dropped_oversize;	/* larger than the guest's buffer (no MRG_RXBUF), or than all of them */
+	uint64_t rx_dropped_header;	/* a link's peer sent a header or frame that makes no sense */
+	uint64_t rx_starved;		/* times that reading stopped for lack of guest buffers */
+	uint64_t tx_dropped_header;	/* a header that is wrong or not negotiated, or no whole Ethernet header */
+	uint64_t tx_dropped_backend;	/* the backend refused the packet (a tap that is down) */
+	uint64_t tx_dropped_link;	/* there was no link */
+	uint64_t tx_blocked;		/* times that sending stopped until the backend had room */
+	uint64_t segmented;		/* packets segmented here, since the guest takes none that large */
+	uint64_t link_refused;		/* third parties turned away from a link */
+	uint64_t captured;
+};
+
+/* What the main thread asks after an event. */
+struct mc_net_status {
+	bool link_up;
+	uint8_t mac[6];
+	int backend_error;		/* errno that ended the backend; 0: none */
+	int capture_error;		/* errno that ended the capture; 0: none */
+	int link_error;			/* errno of the last failed attempt to link up; 0: none */
+	uint16_t active_pairs;
+	struct mc_net_counters counters;
+};
+
+struct mc_net;
+
+/*
+ * fds: MC_NET_TAP: one tap queue per pair (IFF_VNET_HDR, header of 12 bytes, non-blocking). MC_NET_PASST: a connected
+ * stream socket. MC_NET_LINK: a directory (fds[0]) and the lock file in it (fds[1]); the calling process's working
+ * directory becomes that directory. capture: a pcap file, or -1. All stay the caller's and must outlive mc_net_close().
+ * Returns NULL and errno.
+ */
+struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int backend, const int *fds, uint16_t pairs,
+			   const uint8_t mac[6], uint16_t mtu, int capture);
+void mc_net_close(struct mc_net *net);
+
+/* Features that this backend can offer, with RING_EVENT_IDX and RING_INDIRECT_DESC. */
+uint64_t mc_net_features(const struct mc_net *net);
+
+/* Readable when mc_net_status() or a queue's error changed. The main thread reads it. */
+int mc_net_event_fd(const struct mc_net *net);
+void mc_net_get_status(const struct mc_net *net, struct mc_net_status *status);
+
+/* Queue `index` as the driver numbers it (the place of the control queue depends on MQ: 5.1.2). mc_net_set_features()
+ * comes first. Returns 0, an enum mc_vq_error, or -1: there is no such queue. Eventfds stay the caller's. */
+int mc_net_set_features(struct mc_net *net, uint64_t features);
+int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used,
+		     uint16_t last_avail, uint16_t used_idx, int kick, int call);
+
+/* NULL: that queue is not set up. */
+const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index);
+
+/* The loop. Returns 0 once mc_net_stop() was called and every popped chain is pushed or given back, or -errno when the
+ * loop itself cannot go on. */
+int mc_net_run(struct mc_net *net);
+void mc_net_stop(struct mc_net *net);
+
+/* Forgets the driver's settings: offloads, queue pairs, queues, MAC. Only while mc_net_run() is not running. */
+void mc_net_reset(struct mc_net *net);
+
+/*
+ * For the supervisor. mc_tap_open() opens `queues` queues of an existing tap into fds, non-blocking and CLOEXEC, with
+ * virtio headers of 12 bytes. Returns 0 or -errno; *step tells which step failed.
+ */
+enum mc_tap_step { MC_TAP_OPEN_TUN = 1, MC_TAP_SETIFF, MC_TAP_HEADER };
+int mc_tap_open(const char *ifname, uint16_t queues, int *fds, int *step);
+
+/* 1: fd holds a pcap file as we write it, or is empty; 0: it is something else; -errno. */
+int mc_pcap_check(int fd);
+
+#endif
