@@ -109,8 +109,8 @@ def device_id(boot: Boot) -> str:
 class State(enum.Enum):
     """Of the data thread."""
 
-    IDLE = "idle"  # there is none
-    ACTIVE = "active"
+    IDLE = "idle"
+    ACTIVE = "active"  # in Device.run
     STOPPING = "stopping"  # asked to return; a reset or shutdown is answered when it has
 
 
@@ -129,9 +129,10 @@ class Sidecar:
         self.device, self.boot_socket, self.client = device, boot_socket, client
         self.state = State.IDLE
         self.exit_status: int | None = None
-        self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
-        self._done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # signalled by the data thread's last act
+        self._go = threading.Semaphore(0)
+        threading.Thread(target=self.run_device, name="data", daemon=True).start()
+        self._done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # the data thread has left Device.run
         self._term_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._when_stopped: list[Callable[[], None]] = []
         self._activated = False
@@ -212,18 +213,18 @@ class Sidecar:
     # The data thread.
 
     def start(self) -> None:
-        """Enters the C loop."""
+        """Lets the data thread into the C loop."""
         self.state = State.ACTIVE
-        self._thread = threading.Thread(target=self.run_device, name="data")
-        self._thread.start()
+        self._go.release()
 
     def run_device(self) -> None:
-        """The data thread."""
-        try:
-            self.device.run()
-        except BaseException as e:  # handed to the main thread, which ends the process with it
-            self._crash = e
-        finally:
+        """The data thread. Not joined: it is idle when the process ends in good order, and else must not delay that."""
+        while self._crash is None:
+            self._go.acquire()
+            try:
+                self.device.run()
+            except BaseException as e:  # handed to the main thread, which ends the process with it
+                self._crash = e
             os.eventfd_write(self._done_fd, 1)
 
     def stop(self, then: Callable[[], None]) -> None:
@@ -237,11 +238,8 @@ class Sidecar:
             self.device.stop()
 
     def on_stopped(self) -> None:
-        """The data thread's last act. What it raised ends the process."""
+        """The data thread has left ``Device.run``. What that raised ends the process."""
         os.eventfd_read(self._done_fd)
-        assert self._thread is not None
-        self._thread.join()
-        self._thread = None
         if self._crash is not None:
             raise self._crash
         if self.state is not State.STOPPING:

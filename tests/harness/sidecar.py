@@ -40,7 +40,8 @@ class Sidecar:
     """One sidecar from its Boot to its end. Owns the process and everything made for it, not ``fds``.
 
     ``role`` is BlkBoot and the like; ``fds`` are the backend's descriptors by label; ``queues`` is how many get a kick
-    descriptor. Use it as a context manager. ``cold``: a new interpreter with ``--boot-fd`` instead of a fork. ``wait``: until its hello.
+    descriptor. ``cold``: a new interpreter with ``--boot-fd`` instead of a fork. ``wait``: until its hello. Use it as a
+    context manager.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Sidecar:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"waiting for {what}: nothing in {timeout} s\n{self.log_tail()}")
-            select.select([self.server.fileno(), self.boot_socket, self._child.status], [], [], left)
+            select.select([self.server.fileno(), self.boot_socket.fileno(), self._child.status], [], [], left)
             self.process()
 
     def process(self) -> None:
@@ -184,9 +185,7 @@ class Sidecar:
 
     def start(self, size: int = 0, *, count: int = 0, event_idx: bool = True, indirect: bool = False) -> list[Queue]:
         """Queues 0 to ``count`` - 1 (0: all), activated."""
-        queues = [
-            self.queue(i, size, event_idx=event_idx, indirect=indirect) for i in range(count or len(self.kicks))
-        ]
+        queues = [self.queue(i, size, event_idx=event_idx, indirect=indirect) for i in range(count or len(self.kicks))]
         self.activate(queues)
         return queues
 
