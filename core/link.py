@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 from motorcade.core import virtio
 from motorcade.core.loop import Loop
-from motorcade.proto import schema
-from motorcade.proto.framing import ControlServer, Timeout
+from motorcade.proto import messages
+from motorcade.proto.framing import ControlServer, Gone, Outcome, Timeout
 
 log = logging.getLogger(__name__)
 
@@ -68,29 +68,29 @@ class SidecarLink:
         self._released.clear()
 
     def _request(
-        self, body: schema.Body, deadline_ms: int, done: Callable[[schema.Body], None] | None = None
+        self, body: messages.Request, deadline_ms: int, done: Callable[[], None] | None = None
     ) -> None:
         """Asks; a time-out or an error answer has the sidecar killed."""
         if self.state is LinkState.GONE:
             return
         what = type(body).__name__.lower()
 
-        def answered(answer: schema.Body | Timeout) -> None:
-            if isinstance(answer, Timeout):
+        def answered(outcome: Outcome) -> None:
+            if isinstance(outcome, Timeout):
                 self._kill(self.device_id, f"no answer to {what} within {deadline_ms / 1000:g} s")
-            elif isinstance(answer, schema.Error):
-                self._kill(self.device_id, f"{what} failed: {answer.text}")
-            elif done is not None:
-                done(answer)
+            elif isinstance(outcome, messages.Error):
+                self._kill(self.device_id, f"{what} failed: {outcome.text}")
+            elif not isinstance(outcome, Gone) and done is not None:
+                done()
 
         self._server.request(self.device_id, body, deadline_ms, answered)
 
     def activate(self, features: int, queues: dict[int, virtio.Queue]) -> None:
         """See virtio.Backend."""
-        body = schema.Activate(
+        body = messages.Activate(
             features=features,
             queues=tuple(
-                schema.Queue(index=i, size=q.size, desc=q.desc, driver=q.driver, device=q.device)
+                messages.Queue(index=i, size=q.size, desc=q.desc, driver=q.driver, device=q.device)
                 for i, q in queues.items()
             ),
         )
@@ -98,7 +98,7 @@ class SidecarLink:
 
     def write_config(self, offset: int, data: bytes) -> None:
         """See virtio.Backend."""
-        self._loop.call_soon(lambda: self._request(schema.ConfigWrite(offset=offset, data=data), DEADLINE_MS))
+        self._loop.call_soon(lambda: self._request(messages.ConfigWrite(offset=offset, data=data), DEADLINE_MS))
 
     def reset(self) -> None:
         """See virtio.Backend. Its end is sure: an answer, or the death that a missed deadline brings about."""
@@ -109,7 +109,7 @@ class SidecarLink:
                 released.set()
                 return
             self._released.append(released)
-            self._request(schema.Reset(), DEADLINE_MS, lambda _answer: self._release())
+            self._request(messages.Reset(), DEADLINE_MS, self._release)
 
         if threading.current_thread() is self._main:
             ask()
@@ -119,18 +119,18 @@ class SidecarLink:
             self._loop.call_soon(ask)
             released.wait()
 
-    def stats(self, done: Callable[[schema.StatsReport | None], None]) -> None:
+    def stats(self, done: Callable[[messages.StatsReport | None], None]) -> None:
         """Asks for the counters; None when the sidecar is gone or gives none."""
         if self.state is not LinkState.PRESENT:
             done(None)
             return
         self._server.request(
             self.device_id,
-            schema.StatsRequest(),
+            messages.StatsRequest(),
             DEADLINE_MS,
-            lambda answer: done(answer if isinstance(answer, schema.StatsReport) else None),
+            lambda answer: done(answer if isinstance(answer, messages.StatsReport) else None),
         )
 
     def shutdown(self) -> None:
         """Asks it to flush, close its backend and end; GONE follows."""
-        self._request(schema.Shutdown(), SHUTDOWN_MS)
+        self._request(messages.Shutdown(), SHUTDOWN_MS)

@@ -8,6 +8,7 @@ thread waits for that vCPU to park.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
@@ -56,7 +57,9 @@ class Loop:
         os.eventfd_write(self._wake, 1)
 
     def _run_calls(self) -> None:
-        os.eventfd_read(self._wake)
+        # A nested run_until may have run the calls that this wake-up was about.
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
         while self._calls:
             self._calls.popleft()()
 

@@ -39,7 +39,7 @@ struct CoreBoot {
 struct Slot {
   deviceId @0 :Text;
   kind @1 :Text;            # blk, net or serial
-  index @2 :UInt16;         # virtio-mmio slot
+  index @2 :UInt16;         # virtio-mmio slot; 0xffff: none, it is the sidecar behind the 16550
   queues @3 :UInt16;        # how many queues have kick descriptors
   pid @4 :UInt32;           # of its sidecar
   info @5 :Text;            # JSON: what query-block, query-chardev and the like answer about the backend

@@ -1,0 +1,62 @@
+"""The core process, from its Boot to the VM's end."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+import socket
+
+from motorcade.core._native import ffi, lib
+from motorcade.core.loop import Loop
+from motorcade.core.machine import Machine
+from motorcade.core.qmp.server import QmpServer
+from motorcade.proto import boot as bootlink
+from motorcade.proto import messages
+from motorcade.proto.framing import ControlServer
+from motorcade.proto.memory import GuestMemory
+from motorcade.sidecars import sandbox
+from motorcade.sidecars.log import JsonFormatter
+
+log = logging.getLogger(__name__)
+
+
+def run(boot_socket: socket.socket) -> int:
+    """The core's main. Returns the exit status that the VM's end asks for; owns ``boot_socket``."""
+    boot, fds = bootlink.recv_boot(boot_socket)
+    start_log(boot.log_level)
+    if not isinstance(boot.role, messages.CoreBoot):
+        raise bootlink.BootError("this is the core; the Boot is for a sidecar")
+    # The terminal's Ctrl-C goes to vmmctl, which asks for an orderly end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        memory = GuestMemory(fds["memory"], boot.regions)
+        loop = Loop()
+        server = ControlServer()
+        machine = Machine(boot, fds, memory, loop, server, boot_socket)
+        server.bind(boot.control_socket)
+        qmp = QmpServer(loop.outer, machine, [fd for label, fd in sorted(fds.items()) if label.startswith("qmp.")])
+        machine.on_event = qmp.emit
+        sandbox.enter(ffi, lib)
+        bootlink.send_life(boot_socket, messages.Ready())
+        machine.start()
+    except Exception as e:
+        # Whatever it is, the person at vmmctl must read it; the traceback is in the log.
+        log.exception("the core cannot start")
+        bootlink.send_life(boot_socket, messages.Failed(str(e) or type(e).__name__))
+        return 1
+    loop.run()
+    qmp.close()
+    machine.close()
+    ended = machine.ended
+    assert ended is not None
+    bootlink.send_life(boot_socket, ended)
+    return ended.status
+
+
+def start_log(level: str) -> None:
+    """JSON lines on stderr, which the supervisor has made the core's log file."""
+    faulthandler.enable()
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter("core"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
