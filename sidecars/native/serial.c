@@ -1,0 +1,311 @@
+/* The serial sidecar's loop and what the main thread may call beside it; serial.h says how the parts fit. */
+#define _GNU_SOURCE
+#include "serial.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+enum { CMD_NONE, CMD_ATTACH, CMD_DETACH, CMD_EMERGENCY };
+
+/* How long the loop looks for more output from the 16550 before it asks to be woken: serial_uart.c. */
+#define NAP_MS 1
+#define NAP_BELOW (MC_UART_TX_SIZE / 4)
+
+int mc_epoll_set(int ep, int op, int fd, uint32_t events, uint64_t tag)
+{
+	struct epoll_event ev = {.events = events, .data.u64 = tag};
+
+	return epoll_ctl(ep, op, fd, &ev);
+}
+
+void mc_serial_notice(struct mc_serial *s, unsigned notices)
+{
+	const uint64_t one = 1;
+
+	atomic_fetch_or(&s->notices, notices);
+	ssize_t n = write(s->cfg.event_fd, &one, sizeof(one));	/* EAGAIN: a signal is pending already */
+	(void)n;
+}
+
+unsigned mc_serial_notices(struct mc_serial *s)
+{
+	return atomic_exchange(&s->notices, 0);
+}
+
+static void deinit(struct mc_serial *s)
+{
+	mc_sinks_deinit(s);
+	mc_uart_deinit(s);
+	if (s->in_ep >= 0)
+		close(s->in_ep);
+	if (s->ep >= 0)
+		close(s->ep);
+	if (s->wake_fd >= 0)
+		close(s->wake_fd);
+	pthread_cond_destroy(&s->cmd_done);
+	pthread_mutex_destroy(&s->cmd_lock);
+	mc_scroll_deinit(&s->scroll);
+	free(s);
+}
+
+struct mc_serial *mc_serial_new(const struct mc_serial_config *cfg)
+{
+	struct mc_serial *s = calloc(1, sizeof(*s));
+	int err;
+
+	if (!s)
+		return NULL;
+	s->cfg = *cfg;
+	s->file.fd = cfg->backend == MC_SERIAL_FILE ? cfg->backend_fd : -1;
+	s->watch_fd = -1;
+	err = mc_scroll_init(&s->scroll, cfg->scrollback, s->file.fd >= 0);
+	if (err) {
+		free(s);
+		errno = err;
+		return NULL;
+	}
+	pthread_mutex_init(&s->cmd_lock, NULL);
+	pthread_cond_init(&s->cmd_done, NULL);
+	s->ep = epoll_create1(EPOLL_CLOEXEC);
+	s->in_ep = epoll_create1(EPOLL_CLOEXEC);
+	s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	for (uint32_t i = 0; i <= MC_SERIAL_CLIENTS; i++)
+		s->sinks[i].fd = -1;
+	if (s->ep < 0 || s->in_ep < 0 || s->wake_fd < 0 ||
+	    mc_epoll_set(s->ep, EPOLL_CTL_ADD, s->wake_fd, EPOLLIN, MC_TAG_WAKE)) {
+		err = errno;
+	} else {
+		s->front = cfg->ring_fd >= 0 ? &mc_uart_front : &mc_console_front;
+		mc_input_arm(s, true);
+		err = cfg->ring_fd >= 0 ? mc_uart_init(s) : 0;
+		if (!err)
+			err = mc_sinks_init(s);
+	}
+	if (err) {
+		deinit(s);
+		errno = err;
+		return NULL;
+	}
+	return s;
+}
+
+int mc_serial_free(struct mc_serial *s)
+{
+	int err = s->file.started ? mc_file_stop(s) : 0;
+
+	/* The file's thread hangs in the kernel and will look at s again when it comes back: leave s to it. */
+	if (s->file.started)
+		return err;
+	if (s->cfg.backend_fd >= 0)
+		close(s->cfg.backend_fd);
+	if (s->cfg.console_fd >= 0)
+		close(s->cfg.console_fd);
+	deinit(s);
+	return err;
+}
+
+static void clear_eventfd(int fd)
+{
+	uint64_t count;
+	ssize_t n = read(fd, &count, sizeof(count));	/* EAGAIN: somebody cleared it before */
+
+	(void)n;
+}
+
+/* With cmd_lock held. */
+static void do_command(struct mc_serial *s)
+{
+	switch (s->cmd) {
+	case CMD_ATTACH:
+		mc_console_detach(s);
+		mc_console_attach(s, s->cmd_has_rx ? &s->cmd_rx : NULL, s->cmd_has_tx ? &s->cmd_tx : NULL);
+		break;
+	case CMD_DETACH:
+		mc_console_detach(s);
+		break;
+	case CMD_EMERGENCY:
+		mc_scroll_append(&s->scroll, &s->cmd_byte, 1);
+		break;
+	}
+	if (s->cmd != CMD_NONE) {
+		s->cmd = CMD_NONE;
+		pthread_cond_broadcast(&s->cmd_done);
+	}
+}
+
+/* With cmd_lock held and no command under way: has the loop do cmd, or does it itself while there is no loop. */
+static void command(struct mc_serial *s, int cmd)
+{
+	const uint64_t one = 1;
+
+	s->cmd = cmd;
+	if (!s->running) {
+		do_command(s);
+		return;
+	}
+	ssize_t n = write(s->wake_fd, &one, sizeof(one));
+	(void)n;
+	while (s->cmd != CMD_NONE)
+		pthread_cond_wait(&s->cmd_done, &s->cmd_lock);
+}
+
+static void begin_command(struct mc_serial *s)
+{
+	pthread_mutex_lock(&s->cmd_lock);
+	while (s->cmd != CMD_NONE)
+		pthread_cond_wait(&s->cmd_done, &s->cmd_lock);
+}
+
+void mc_serial_attach(struct mc_serial *s, const struct mc_vq *rx, const struct mc_vq *tx)
+{
+	begin_command(s);
+	s->cmd_has_rx = rx != NULL;
+	s->cmd_has_tx = tx != NULL;
+	if (rx)
+		s->cmd_rx = *rx;
+	if (tx)
+		s->cmd_tx = *tx;
+	command(s, CMD_ATTACH);
+	pthread_mutex_unlock(&s->cmd_lock);
+}
+
+void mc_serial_detach(struct mc_serial *s)
+{
+	begin_command(s);
+	command(s, CMD_DETACH);
+	pthread_mutex_unlock(&s->cmd_lock);
+}
+
+void mc_serial_emergency(struct mc_serial *s, uint8_t byte)
+{
+	begin_command(s);
+	s->cmd_byte = byte;
+	command(s, CMD_EMERGENCY);
+	pthread_mutex_unlock(&s->cmd_lock);
+}
+
+void mc_serial_stop(struct mc_serial *s)
+{
+	const uint64_t one = 1;
+
+	atomic_store(&s->stop, true);
+	ssize_t n = write(s->wake_fd, &one, sizeof(one));
+	(void)n;
+}
+
+const struct mc_vq *mc_serial_queue(const struct mc_serial *s, int index)
+{
+	return index == 0 ? &s->con.rx : index == 1 ? &s->con.tx : NULL;
+}
+
+void mc_serial_get_stats(struct mc_serial *s, struct mc_serial_stats *out)
+{
+	*out = s->stats;
+	out->guest_out = s->scroll.end;
+}
+
+/* One turn's events. true: a source of input is ready. */
+static bool dispatch(struct mc_serial *s, const struct epoll_event *evs, int n)
+{
+	bool input = false;
+
+	for (int i = 0; i < n; i++) {
+		switch (evs[i].data.u64) {
+		case MC_TAG_WAKE:
+			clear_eventfd(s->wake_fd);
+			pthread_mutex_lock(&s->cmd_lock);
+			do_command(s);
+			pthread_mutex_unlock(&s->cmd_lock);
+			break;
+		case MC_TAG_GUEST:
+			clear_eventfd(s->uart.tx_fd);
+			break;
+		case MC_TAG_KICK_RX:
+			clear_eventfd(s->con.rx.kick_fd);
+			s->con.rx.stats.kicks++;
+			break;
+		case MC_TAG_KICK_TX:
+			clear_eventfd(s->con.tx.kick_fd);
+			s->con.tx.stats.kicks++;
+			break;
+		case MC_TAG_LISTEN:
+			mc_sinks_accept(s, false);
+			break;
+		case MC_TAG_BACKEND_LISTEN:
+			mc_sinks_accept(s, true);
+			break;
+		case MC_TAG_WATCH:
+			mc_sinks_reopened(s);
+			break;
+		case MC_TAG_INPUT:
+			input = true;
+			break;
+		default:
+			mc_sink_event(s, evs[i].data.u64 - MC_TAG_SINK, evs[i].events);
+		}
+	}
+	return input;
+}
+
+static int loop(struct mc_serial *s)
+{
+	struct epoll_event evs[32];
+	bool input = true;
+
+	while (!atomic_load(&s->stop)) {
+		bool again;
+		uint64_t got = s->front->output(s, &again);
+		int timeout;
+
+		again |= mc_sinks_flush(s);
+		if (input || s->stage_len)
+			input = mc_sinks_input(s);
+		if (again || input)
+			timeout = 0;
+		else if (got && s->uart.ring)
+			timeout = got < NAP_BELOW ? NAP_MS : 0;
+		else if (!s->front->may_sleep(s))
+			timeout = 0;
+		else
+			timeout = s->accept_paused ? 1000 : -1;
+
+		int n = epoll_wait(s->ep, evs, sizeof(evs) / sizeof(evs[0]), timeout);
+		if (n < 0 && errno != EINTR)
+			return errno;
+		if (n == 0 && timeout == 1000)
+			mc_sinks_accept_again(s);
+		input |= dispatch(s, evs, n);
+	}
+	return 0;
+}
+
+int mc_serial_run(struct mc_serial *s)
+{
+	int err = s->file.fd >= 0 && !s->file.started ? mc_file_start(s) : 0;
+	bool more = true;
+
+	if (err)
+		return err;
+	pthread_mutex_lock(&s->cmd_lock);
+	s->running = true;
+	pthread_mutex_unlock(&s->cmd_lock);
+
+	err = loop(s);
+
+	/* What the guest printed last is what people look for. Bounded, for a guest that still runs. */
+	for (int i = 0; i < 64 && more; i++) {
+		more = s->front->output(s, &more) || more;
+		mc_sinks_flush(s);
+	}
+	mc_sinks_drain(s);
+
+	pthread_mutex_lock(&s->cmd_lock);
+	s->running = false;
+	do_command(s);
+	pthread_mutex_unlock(&s->cmd_lock);
+	return err;
+}
