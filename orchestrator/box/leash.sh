@@ -11,10 +11,10 @@ while read -r word; do
         $bb rm -f "/run/box/runs/$1"
         exit 0
     fi
-    read -r leader < "/run/box/runs/$1" && kill -s "$word" -- "-$leader"
+    read -r leader < "/run/box/runs/$1" && kill -s "$word" "-$leader"
 done
 [ -d "$group" ] || exit 0
-read -r leader < "/run/box/runs/$1" && kill -s TERM -- "-$leader"
+read -r leader < "/run/box/runs/$1" && kill -s TERM "-$leader"
 n=0
 while $bb grep -q '^populated 1' "$group/cgroup.events" && [ $n -lt 50 ]; do
     $bb usleep 100000
