@@ -16,7 +16,8 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-PARTS = ["kvm", "uart", "vcpu"]
+SIDECARS = ROOT / "sidecars" / "native"  # virtqueue.h says what is shared with them; the sandbox is everybody's
+PARTS = {"kvm": HERE, "uart": HERE, "vcpu": HERE, "sandbox": SIDECARS}
 
 
 def builder(relative_to: Path | None = ROOT) -> FFI:
@@ -26,8 +27,8 @@ def builder(relative_to: Path | None = ROOT) -> FFI:
         return os.path.relpath(p, relative_to) if relative_to else str(p)
 
     ffi = FFI()
-    for part in PARTS:
-        ffi.cdef((HERE / f"{part}.cdef.h").read_text())
+    for part, folder in PARTS.items():
+        ffi.cdef((folder / f"{part}.cdef.h").read_text())
     flags = ["-O2", "-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-fvisibility=hidden"]
     link = ["-pthread"]
     if sanitize := os.environ.get("MOTORCADE_SANITIZE"):
@@ -36,9 +37,9 @@ def builder(relative_to: Path | None = ROOT) -> FFI:
     ffi.set_source(
         "motorcade.core._native",
         "".join(f'#include "{part}.h"\n' for part in PARTS),
-        sources=[path(HERE / f"{part}.c") for part in PARTS],
+        sources=[path(folder / f"{part}.c") for part, folder in PARTS.items()],
         depends=[path(p) for p in sorted(HERE.glob("*.h"))],
-        include_dirs=[path(HERE), path(ROOT / "sidecars" / "native")],
+        include_dirs=[path(HERE), path(SIDECARS)],
         extra_compile_args=flags,
         extra_link_args=link,
     )
