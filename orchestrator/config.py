@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from motorcade.orchestrator import yamlpos
+from motorcade.orchestrator.errors import EXIT_USAGE, UserError
 from motorcade.orchestrator.machine import (
     MAX_VIRTIO_CONSOLES,
     Console,
@@ -32,6 +33,7 @@ from motorcade.orchestrator.machine import (
 _UUID_SPACE = uuid_module.UUID("7b0c6d5e-52a6-5f0b-9b35-6d6f746f7263")  # our own, for UUIDs made from names
 _FORWARD = re.compile(r"(?:(tcp|udp):)?(?:([0-9.]+|\[[0-9a-fA-F:]+\]):)?([0-9]{1,5}):([0-9]{1,5})")
 
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong, and where."""
@@ -44,11 +46,11 @@ class Problem:
         return f"{self.where}: {self.field + ': ' if self.field else ''}{self.message}"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """machine.yaml is wrong. ``str()`` is one line a problem."""
 
     def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("\n".join(map(str, problems)))
+        super().__init__("\n".join(map(str, problems)), EXIT_USAGE)
         self.problems = problems
 
 
@@ -110,8 +112,6 @@ def load(path: str | os.PathLike[str], *, name: str | None = None, accel: str | 
     source.raise_problems()
     _complete(machine, file.absolute().parent)
     return machine, source
-
-
 
 
 _KINDS = {

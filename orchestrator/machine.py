@@ -110,9 +110,9 @@ class Console(_Part):
         Literal["none", "terminal", "pty"] | To,
         Meta(description="Where bytes go besides `vmmctl console`; terminal: what `vmmctl up` attaches to."),
     ] = "none"
-    scrollback: Annotated[
-        Size, Meta(description="Bytes kept for a console that attaches late.")
-    ] = msgspec.field(default_factory=lambda: Size(1 << 20))
+    scrollback: Annotated[Size, Meta(description="Bytes kept for a console that attaches late.")] = msgspec.field(
+        default_factory=lambda: Size(1 << 20)
+    )
 
 
 class Machine(_Part, kw_only=True):

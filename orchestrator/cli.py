@@ -1,0 +1,91 @@
+"""vmmctl: the command line. Each command is in commands/; what is slow to import is imported by those that need it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from motorcade import __version__
+from motorcade.orchestrator.commands import (
+    box,
+    console,
+    doctor,
+    down,
+    logs,
+    ps,
+    qmp,
+    schema,
+    sidecar,
+    up,
+)
+from motorcade.orchestrator.errors import EXIT_ERROR, EXIT_OK, UserError
+
+_EPILOG = """\
+examples:
+  vmmctl doctor                       what this host can do
+  vmmctl up machine.yaml              start a VM and attach to its console (Ctrl-] leaves it running)
+  vmmctl up -d machine.yaml           start it in the background
+  vmmctl ps                           what runs
+  vmmctl console web                  attach again, and see what was missed
+  vmmctl qmp web query-status         one QMP command
+  vmmctl down web                     press the power button, and wait
+
+exit status: 0 the guest powered off, or the command did its work; 1 an error; 2 the command line or
+machine.yaml is wrong; 3 no such VM; 4 the guest did not do in time what it was asked to.
+
+environment: MOTORCADE_RUN_DIR, where run directories are (default /run/motorcade for root, else
+$XDG_RUNTIME_DIR/motorcade).
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="vmmctl",
+        description="Run virtual machines made of small processes.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"vmmctl {__version__}")
+    top.add_argument("--debug", action="store_true", help="on an error, show where in the code it happened")
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for module in (up, down, ps, console, logs, qmp, sidecar, schema, doctor, box):
+        module.add_parser(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``vmmctl``; the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # vmmctl ps | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as e:
+        if args.debug:
+            raise
+        status, lines = _explain(e)
+        for line in lines:
+            print(f"vmmctl: {line}", file=sys.stderr)
+    return status
+
+
+def _explain(error: Exception) -> tuple[int, list[str]]:
+    """An exit status and what to say. An error that nobody foresaw is named so, with the way to see more."""
+    if isinstance(error, UserError):
+        return error.status, str(error).splitlines()
+    if isinstance(error, OSError) and error.strerror:
+        return EXIT_ERROR, [f"{error.filename}: {error.strerror}" if error.filename else error.strerror]
+    text = str(error).splitlines() or [""]
+    return EXIT_ERROR, [f"{type(error).__name__}: {text[0]} (a bug? vmmctl --debug ... shows where)", *text[1:]]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,168 @@
+"""What `vmmctl up` does once the supervisor is forked: tell how the start goes, be the console, tell the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from typing import Any, NoReturn
+
+from motorcade.orchestrator import lifeline
+from motorcade.orchestrator.commands.common import table, tell
+from motorcade.orchestrator.errors import EXIT_ERROR, EXIT_OK, UserError
+
+POWERDOWN_TIMEOUT = 30.0  # seconds for the guest, after SIGINT or SIGTERM, before the VM is ended at once
+_SLOW = 1.0  # seconds after which a step of the start is worth a word
+_REASONS = {
+    "guest-shutdown": "powered off",
+    "guest-reset": "rebooted, and on_reboot is exit",
+    "host-qmp-quit": "was ended by QMP's quit",
+    "host-signal": "was ended",
+    "core-died": "lost its core process",
+}
+
+
+class _Signalled(BaseException):
+    """SIGINT, SIGTERM or SIGHUP came for vmmctl."""
+
+
+class Foreground:
+    """vmmctl's side of a VM that it started. Owns ``line``, its end of the lifeline."""
+
+    def __init__(self, name: str, pid: int, line: socket.socket, *, detach: bool) -> None:
+        self.name, self.pid, self.line, self.detach = name, pid, line, detach
+        self.tty = os.isatty(0) and os.isatty(1)
+        self.processes: list[dict[str, Any]] = []
+
+    def run(self) -> int:
+        """Until the VM ends, or is left. vmmctl's exit status; UserError where the VM did not come to run."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        try:
+            try:
+                running = self._await_running()
+                if self.detach:
+                    return self._leave()
+                return self._stay(running.get("console"))
+            except _Signalled:
+                return self._power_off()
+        finally:
+            self.line.close()
+
+    def _on_signal(self, *_: object) -> NoReturn:
+        raise _Signalled
+
+    def _receive(self, timeout: float | None = None) -> dict[str, Any] | None:
+        """The supervisor's next message; None after ``timeout`` seconds. A supervisor that died without saying how
+        the VM ended is an end, too."""
+        self.line.settimeout(timeout)
+        try:
+            message = lifeline.receive(self.line)
+        except TimeoutError:
+            return None
+        if message is None:
+            message = {"event": "ended", "status": EXIT_ERROR, "reason": "supervisor-died",
+                       "detail": f"see vmmctl logs {self.name}"}  # fmt: skip
+        if message["event"] == "failed":
+            self._reap()
+            raise UserError(message["message"], message["status"])
+        return message
+
+    def _reap(self) -> None:
+        os.waitpid(self.pid, 0)
+
+    def _await_running(self) -> dict[str, Any]:
+        """The start, with a word about each step that takes long."""
+        step, shown, since = "starting", "", time.monotonic()
+        while True:
+            message = self._receive(_SLOW)
+            if message is None:
+                if step != shown:
+                    tell(f"{self.name}: {step} ...")
+                    shown = step
+            elif message["event"] == "progress":
+                step = message["text"]
+            elif message["event"] == "started":
+                step, self.processes = "booting the processes", message["processes"]
+            elif message["event"] == "running":
+                if time.monotonic() - since > _SLOW and shown:
+                    tell(f"{self.name}: running after {time.monotonic() - since:.1f} s")
+                return message
+            elif message["event"] == "ended":
+                raise UserError(f"{self.name} ended while it started: {message['reason']}: {message['detail']}")
+
+    def _leave(self) -> int:
+        """The VM goes on without us."""
+        lifeline.send(self.line, do="detach")
+        name = self.name
+        print(f"{name} runs in the background; vmmctl console {name} attaches, vmmctl down {name} ends it")
+        return EXIT_OK
+
+    def _stay(self, console: str | None) -> int:
+        """The console, then the end."""
+        if self.tty:
+            self._show_processes()
+        if console is not None:
+            from motorcade.orchestrator.console import LEFT, attach
+
+            stdin = 0 if self.tty or not os.isatty(0) else None  # a terminal behind a redirected output is not ours
+            if attach(console, stdin=stdin, stdout=1) == LEFT:
+                return self._leave()
+        return self._await_end()
+
+    def _show_processes(self) -> None:
+        rows = [["PROCESS", "PID"], ["supervisor", str(self.pid)]]
+        table(rows + [[p["role"], str(p["pid"])] for p in self.processes])
+
+    def _await_end(self) -> int:
+        """Its exit status, with a word about how it ended unless that was the guest's own wish."""
+        told = False
+        while True:
+            message = self._receive(_SLOW)
+            if message is None:
+                if not told:
+                    tell(f"{self.name} runs on; Ctrl-C presses its power button")
+                    told = True
+            elif message["event"] == "sidecar-died":
+                tell(f"{self.name}: {message['role']} died: {message['reason']}")
+            elif message["event"] == "ended":
+                self._reap()
+                return self._tell_end(message)
+
+    def _tell_end(self, message: dict[str, Any]) -> int:
+        status: int = message["status"]
+        reason = _REASONS.get(message["reason"], f"ended: {message['reason']}")
+        if status != EXIT_OK or self.tty:
+            tell(f"{self.name} {reason}")
+        if status != EXIT_OK and message["detail"]:
+            tell(message["detail"])
+            tell(f"more: vmmctl logs {self.name}")
+        return status
+
+    def _power_off(self) -> int:
+        """After a signal: the power button; after another one, or in vain, the end at once."""
+        from motorcade.orchestrator import rundir
+        from motorcade.orchestrator.commands.down import Ending
+
+        tell(f"powering {self.name} off (once more ends it at once)")
+        try:
+            vm = rundir.find(self.name)
+            if vm is not None and vm.alive and vm.state.get("pid") == self.pid and vm.status == "running":
+                ending = Ending(vm)
+                try:
+                    ending.powerdown(POWERDOWN_TIMEOUT)
+                finally:
+                    ending.close()
+        except (_Signalled, UserError) as e:
+            if isinstance(e, UserError):
+                tell(f"{e}")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        # Has the supervisor end the VM if it still runs: the lifeline says that vmmctl is gone.
+        self.line.shutdown(socket.SHUT_WR)
+        try:
+            return self._await_end()
+        except UserError as e:  # it had not come to run yet
+            tell(f"{e}")
+            return e.status

@@ -1,0 +1,315 @@
+"""Everything a VM needs that a descriptor can stand for, opened before any process of it exists.
+
+The supervisor keeps a copy of every descriptor, so that a replacement for a dead sidecar gets the same rights.
+Labels are those of docs/internals.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from motorcade.orchestrator import charbackend, rundir
+from motorcade.orchestrator.errors import UserError
+from motorcade.orchestrator.machine import Console, Disk, Machine, Net, To
+from motorcade.proto import memory
+from motorcade.proto.messages import BlkBoot, NetBoot, Role, SerialBoot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FIRST_SLOT = {"blk": 0, "net": 16, "serial": 32}
+NO_SLOT = 0xFFFF  # of the sidecar behind the 16550
+_ISR_SIZE = 4096
+_BACKLOG = 16
+
+
+@dataclass
+class Device:
+    """One device: what its sidecar gets of its own, and what it shares with the core."""
+
+    id: str
+    kind: str  # blk, net, serial
+    boot: Role
+    fds: dict[str, int]  # the sidecar's own, by label
+    queues: int = 0
+    slot: int | None = None  # None: the 16550, which is not on virtio-mmio
+    kicks: list[int] = field(default_factory=list)
+    call: int = -1
+    isr: int = -1
+    backend: str = ""  # for a person
+    info: dict[str, Any] = field(default_factory=dict)  # for QMP's query-block and the like
+    locks: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def role(self) -> str:
+        """Of its sidecar: blk-root."""
+        return f"{self.kind}-{self.id}"
+
+
+class Resources:
+    """Owns every descriptor in it, and what has to be removed at the end, until ``close``."""
+
+    def __init__(self, machine: Machine, run: rundir.RunDir) -> None:
+        """Opens nothing yet."""
+        self.machine, self.run = machine, run
+        self.devices: list[Device] = []
+        self.helpers: list[Any] = []  # processes that a backend needs (passt): role, pid
+        self.regions = memory.layout(int(machine.memory))
+        self.memory = -1
+        self.core: dict[str, int] = {}  # only the core's, by label
+        self.shared: dict[str, int] = {}  # the core's and the uart sidecar's
+        self.kernel_path = machine.kernel.image
+        self._backends: list[charbackend.CharBackend] = []
+        self._opened: list[int] = []
+
+    def open(self, progress: Callable[[str], None]) -> None:
+        """Opens all; what was opened before an error is ``close``'s to let go. Errors: UserError, one clear line."""
+        machine = self.machine
+        self.core["kvm"] = self._own(open_kvm(machine.cpus))
+        self.memory = self._own(sealed_memfd("guest-memory", machine.memory))
+        self._open_kernel(progress)
+        for disk in machine.disks:
+            self._add(self._blk(disk))
+        for net in machine.nets:
+            self._add(self._net(net))
+        for console in machine.consoles:
+            self._add(self._serial(console))
+        self._listen_qmp()
+
+    def close(self) -> None:
+        """Closes every descriptor and removes sockets and links outside the run directory."""
+        for fd in self._opened:
+            os.close(fd)
+        self._opened.clear()
+        for backend in self._backends:
+            backend.close()
+        self._backends.clear()
+
+    def core_fds(self) -> dict[str, int]:
+        """What the core gets."""
+        fds = {"memory": self.memory, **self.core, **self.shared}
+        for device in self.devices:
+            if device.slot is not None:
+                fds |= {f"kick.{device.id}.{n}": fd for n, fd in enumerate(device.kicks)}
+                fds |= {f"call.{device.id}.0": device.call, f"isr.{device.id}": device.isr}
+        return fds
+
+    def sidecar_fds(self, device: Device) -> dict[str, int]:
+        """What a device's sidecar gets."""
+        fds = {"memory": self.memory, **device.fds}
+        if device.slot is None:
+            return fds | self.shared
+        fds |= {f"kick.{n}": fd for n, fd in enumerate(device.kicks)}
+        return fds | {"call.0": device.call, "isr": device.isr}
+
+    def _own(self, fd: int) -> int:
+        self._opened.append(fd)
+        return fd
+
+    def _add(self, device: Device) -> None:
+        """Gives a virtio device its slot, doorbells and interrupt."""
+        if device.slot is not None:
+            device.slot = FIRST_SLOT[device.kind] + sum(
+                d.kind == device.kind and d.slot is not None for d in self.devices
+            )
+            device.kicks = [self._own(eventfd()) for _ in range(device.queues)]
+            device.call = self._own(eventfd())
+            device.isr = self._own(sealed_memfd(f"isr-{device.id}", _ISR_SIZE))
+        self.devices.append(device)
+
+    def _open_kernel(self, progress: Callable[[str], None]) -> None:
+        from motorcade.core.boot.error import BootError
+        from motorcade.core.boot.unpack import prepare_kernel
+
+        kernel = self.machine.kernel
+        progress(f"unpacking {kernel.image}")
+        try:
+            path = prepare_kernel(Path(kernel.image), cache_dir())
+        except BootError as e:
+            raise UserError(f"kernel: {e}") from None
+        self.core["kernel"] = self._own(_open(path, os.O_RDONLY, "kernel"))
+        if kernel.initrd is not None:
+            self.core["initrd"] = self._own(_open(kernel.initrd, os.O_RDONLY, "initrd"))
+
+    def _blk(self, disk: Disk) -> Device:
+        from motorcade.orchestrator.disks import open_disk
+
+        opened = open_disk(disk)
+        fds = {"disk": self._own(opened.disk)}
+        if opened.overlay is not None:
+            fds["overlay"] = self._own(opened.overlay)
+        boot = BlkBoot(
+            device_id=disk.id,
+            path=disk.path,
+            readonly=disk.readonly,
+            direct=opened.direct,
+            overlay=opened.overlay is not None,
+            serial=disk.serial or "",
+            queues=disk.queues,
+            discard=disk.discard,
+            io_engine=disk.engine,
+        )
+        written = str(disk.overlay or disk.path)
+        info = {
+            "file": written,
+            "driver": "raw",
+            "ro": disk.readonly,
+            "direct": opened.direct,
+            "backing-file": disk.path if disk.overlay else None,
+        }
+        shown = disk.path + (" (read-only)" if disk.readonly else f" + overlay {written}" if disk.overlay else "")
+        return Device(disk.id, "blk", boot, fds, disk.queues, 0, backend=shown, info=info, locks=opened.locks)
+
+    def _net(self, net: Net) -> Device:
+        from motorcade.orchestrator import netbackend
+
+        assert net.mac is not None
+        fds: dict[str, int] = {}
+        if net.tap is not None:
+            taps = netbackend.open_tap(net.tap, net.queues)
+            fds = {f"tap.{n}": self._own(fd) for n, fd in enumerate(taps)}
+            backend, shown = "tap", f"tap {net.tap}"
+        elif net.link is not None:
+            fds["link"] = self._own(netbackend.link(net.link))
+            backend, shown = "link", f"link {net.link}"
+        else:
+            fd, process = netbackend.spawn_passt(net.forward)
+            fds["passt"] = self._own(fd)
+            self.helpers.append((f"passt-{net.id}", process))
+            backend, shown = "passt", "user (passt)" + "".join(f" {rule}" for rule in net.forward)
+        if net.capture is not None:
+            fds["capture"] = self._own(_open(net.capture, os.O_RDWR | os.O_APPEND | os.O_CREAT, f"net {net.id}"))
+        boot = NetBoot(net.id, bytes(net.mac), net.queues, backend, net.mtu or 0)
+        info = {"mac": str(net.mac), "backend": backend, "ifname": net.tap}
+        # A pair a queue pair, and the control queue (virtio 1.2, 5.1.2).
+        return Device(net.id, "net", boot, fds, 2 * net.queues + 1, 0, backend=shown, info=info)
+
+    def _serial(self, console: Console) -> Device:
+        path = self.run.path / f"console-{console.id}.sock"
+        fds = {"console": self._listen(path)}
+        backend, shown = "none", f"vmmctl console {self.machine.name} {console.id}"
+        if console.backend == "pty":
+            opened = self._backend(lambda: charbackend.open_pty(self.run.path / f"pty-{console.id}"))
+            backend, fds["backend"], shown = "pty", opened.fd, f"pty {opened.path}"
+        elif isinstance(console.backend, To) and console.backend.socket:
+            backend, shown = "socket", f"socket {console.backend.socket}"
+            fds["backend"] = self._listen(Path(console.backend.socket))
+        elif isinstance(console.backend, To) and console.backend.file:
+            name = Path(console.backend.file)
+            backend, shown = "file", f"file {name}"
+            fds["backend"] = self._backend(lambda: charbackend.open_file(name)).fd
+        boot = SerialBoot(console.id, console.type, backend, int(console.scrollback))
+        info = {"label": console.id, "filename": shown, "frontend-open": True}
+        if console.type == "virtio":
+            return Device(console.id, "serial", boot, fds, 2, 0, backend=shown, info=info)
+        self.shared["uart.ring"] = self._own(sealed_memfd("uart-ring", uart_ring_size()))
+        self.shared["uart.tx"] = self._own(eventfd())
+        self.shared["uart.rx"] = self._own(eventfd())
+        return Device(console.id, "serial", boot, fds, backend=shown, info=info)
+
+    def _listen_qmp(self) -> None:
+        self.core["qmp.0"] = self._listen(self.run.path / "qmp.sock")
+        for n, address in enumerate(self.machine.qmp, 1):
+            kind, _, rest = address.partition(":")
+            self.core[f"qmp.{n}"] = self._listen(Path(rest)) if kind == "unix" else self._own(_listen_tcp(rest))
+
+    def _listen(self, path: Path) -> int:
+        """A listening unix socket of mode 0600, removed at the end."""
+        return self._backend(lambda: charbackend.open_socket(path)).fd
+
+    def _backend(self, opener: Callable[[], charbackend.CharBackend]) -> charbackend.CharBackend:
+        try:
+            opened = opener()
+        except charbackend.CharBackendError as e:
+            raise UserError(str(e)) from None
+        self._backends.append(opened)
+        return opened
+
+
+def sealed_memfd(name: str, size: int) -> int:
+    """A memfd of ``size`` bytes (rounded up to pages) that nobody can resize: a mapping of it never faults past its
+    end, whatever another process does. The caller owns it."""
+    fd = os.memfd_create(f"motorcade-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, -(-size // 4096) * 4096)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError as e:
+        os.close(fd)
+        raise UserError(f"cannot set aside {size >> 20}M for {name}: {e.strerror}") from None
+    return fd
+
+
+def eventfd() -> int:
+    """Non-blocking and CLOEXEC; the caller owns it."""
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+
+def uart_ring_size() -> int:
+    """Bytes of ``struct mc_uart_ring``."""
+    from motorcade.core._native import ffi
+
+    return int(ffi.sizeof("struct mc_uart_ring"))
+
+
+def cache_dir() -> Path:
+    """Where unpacked kernels are kept: $XDG_CACHE_HOME/motorcade, or ~/.cache/motorcade."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "motorcade" / "kernels"
+
+
+def open_kvm(cpus: int) -> int:
+    """/dev/kvm, which the caller owns. Errors: UserError where it is missing, not permitted, or too small."""
+    try:
+        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise UserError("there is no /dev/kvm: no virtualization here, or the kvm module is not loaded "
+                        "(accel: box needs none; vmmctl doctor says more)") from None  # fmt: skip
+    except OSError as e:
+        hint = " (join the group kvm?)" if isinstance(e, PermissionError) else ""
+        raise UserError(f"/dev/kvm: {e.strerror}{hint}") from None
+    from motorcade.core.kvm import Kvm, KvmError
+
+    try:
+        most = Kvm(fd).max_vcpus
+    except KvmError as e:
+        os.close(fd)
+        raise UserError(f"/dev/kvm: {e}") from None
+    if cpus > most:
+        os.close(fd)
+        raise UserError(f"cpus: {cpus} is more than this host's KVM allows ({most})")
+    return fd
+
+
+def _open(path: str | Path, flags: int, what: str) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise UserError(f"{what}: {path}: {e.strerror}") from None
+
+
+def _listen_tcp(address: str) -> int:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, int(port)), family=family, backlog=_BACKLOG) as sock:
+            sock.setblocking(False)
+            return sock.detach()
+    except OSError as e:
+        raise UserError(f"qmp tcp:{address}: {e.strerror or e}") from None
+
+
+def slot_number(device: Device) -> int:
+    """``Slot.index`` of the core's Boot."""
+    return NO_SLOT if device.slot is None else device.slot
+
+
+def slot_info(device: Device) -> str:
+    """``Slot.info`` of the core's Boot."""
+    return json.dumps(device.info)

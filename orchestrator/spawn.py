@@ -1,0 +1,138 @@
+"""Forking the processes of a VM from the supervisor, and watching them.
+
+The supervisor has one thread and no ZeroMQ context, so that a fork is a whole copy. Its modules are the child's
+warm start: what children need is imported before the first fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from motorcade.orchestrator.rundir import process_start
+
+_BOOT_FD = 3
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h; the number is part of the kernel's ABI, as every prctl option is
+_LAST_FD = (1 << 31) - 1
+
+Main = Callable[[socket.socket], int]
+
+
+@dataclass
+class Child:
+    """A process of this VM. Owns the pidfd and the supervisor's end of the boot socket until ``close``."""
+
+    role: str  # core, blk-root, net-lan, ...
+    device_id: str  # empty: the core
+    pid: int
+    pidfd: int
+    link: socket.socket
+    state: str = "starting"
+    failure: str = ""  # what it said itself before it ended
+
+    @property
+    def alive(self) -> bool:
+        """Not reaped yet."""
+        return self.pid != 0 and not self.state.startswith(("exited", "killed"))
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal; one that has ended is left alone."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def reap(self) -> str:
+        """After the pidfd became readable: how it ended, such as "exited with status 1", "killed by SIGSEGV"."""
+        _, status = os.waitpid(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        self.state = f"exited with status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        return self.state
+
+    def close(self) -> None:
+        """Lets go of the descriptors."""
+        os.close(self.pidfd)
+        self.link.close()
+
+    def describe(self) -> dict[str, Any]:
+        """For state.json."""
+        return {
+            "role": self.role,
+            "device": self.device_id or None,
+            "pid": self.pid,
+            "start": process_start(self.pid),
+            "state": self.state,
+        }
+
+
+def spawn(role: str, device_id: str, vm: str, main: Main, log_fd: int) -> Child:
+    """Forks ``main`` as a process of its own; the caller owns ``log_fd``, which becomes the child's stderr."""
+    from motorcade.proto import boot
+
+    ours, theirs = boot.socketpair()
+    supervisor = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _child(role, vm, main, theirs, log_fd, supervisor)
+    theirs.close()
+    return Child(role, device_id, pid, os.pidfd_open(pid), ours)
+
+
+def _child(role: str, vm: str, main: Main, link: socket.socket, log_fd: int, supervisor: int) -> NoReturn:
+    """The first steps of a forked process. Never returns into the supervisor's code: whatever objects that has are
+    neither used nor finalized here, since their descriptors are gone and the numbers may be ours by then."""
+    status = 1
+    try:
+        die_with(supervisor)
+        default_signals()
+        os.umask(0o077)
+        null = os.open(os.devnull, os.O_RDWR)
+        for source, target in ((null, 0), (null, 1), (log_fd, 2)):
+            os.dup2(source, target)
+        link_fd = link.detach()
+        if link_fd != _BOOT_FD:
+            os.dup2(link_fd, _BOOT_FD, inheritable=False)
+        # Everything else is the supervisor's or another child's: a right that this process must not have.
+        os.closerange(_BOOT_FD + 1, _LAST_FD)
+        title(role, vm)
+        status = main(socket.socket(fileno=_BOOT_FD))
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def die_with(parent: int) -> None:
+    """Has the kernel kill this process when ``parent`` dies, and ends it at once if that has happened already."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG")
+    # A parent that died before the prctl sends nothing any more; we belong to init or a subreaper then.
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def default_signals() -> None:
+    """Undoes what the supervisor (and whoever started it) set: handlers, ignored signals, the mask, the wake-up fd."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # Python's own default: an OSError where it happens
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def title(role: str, vm: str) -> None:
+    """What ps shows: "motorcade: blk-root (web)"."""
+    import setproctitle
+
+    setproctitle.setproctitle(f"motorcade: {role} ({vm})")
