@@ -330,7 +330,7 @@ const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index)
 	bool *set = NULL;
 	const struct mc_vq *vq = queue_at((struct mc_net *)(uintptr_t)net, index, &set);
 
-	return vq && *set ? vq : NULL;
+	return vq && (*set || vq->error) ? vq : NULL;
 }
 
 int mc_net_set_features(struct mc_net *net, uint64_t features)
@@ -361,19 +361,24 @@ int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t
 	return vq->error;
 }
 
+/* Only the counters outlive a reset. */
+static void queue_reset(struct mc_vq *vq, bool *set)
+{
+	*vq = (struct mc_vq){.stats = vq->stats};
+	*set = false;
+}
+
 void mc_net_reset(struct mc_net *net)
 {
 	for (uint16_t i = 0; i < net->max_pairs; i++) {
 		struct net_pair *p = &net->pairs[i];
 
-		p->rx_set = p->tx_set = false;
 		p->stash_len = 0;
 		p->want = 2048;
-		memset(&p->rx, 0, sizeof(p->rx));
-		memset(&p->tx, 0, sizeof(p->tx));
+		queue_reset(&p->rx, &p->rx_set);
+		queue_reset(&p->tx, &p->tx_set);
 	}
-	memset(&net->ctrl, 0, sizeof(net->ctrl));
-	net->ctrl_set = false;
+	queue_reset(&net->ctrl, &net->ctrl_set);
 	net_set_pairs(net, 1);
 	mc_net_set_features(net, 0);
 	__atomic_store_n(&net->mac, net->boot_mac, __ATOMIC_RELAXED);
@@ -431,7 +436,7 @@ static int init(struct mc_net *net, const int *fds, uint16_t mtu, int capture)
 		break;
 	case MC_NET_LINK:
 		guest = link;
-		err = err ? err : net_link_init(net, fds[0], fds[1]);
+		err = err ? err : net_link_init(net, fds[0]);
 		break;
 	}
 	net->link_up = net->backend != MC_NET_LINK;
@@ -458,7 +463,7 @@ struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int bac
 	net->isr = isr;
 	net->backend = (enum mc_net_backend)backend;
 	net->max_pairs = pairs;
-	net->epoll_fd = net->stop_fd = net->event_fd = -1;
+	net->pcap.fd = net->epoll_fd = net->stop_fd = net->event_fd = -1;
 	net->link.fd = net->link.listen_fd = net->link.inotify_fd = net->link.timer_fd = -1;
 	memcpy(&net->boot_mac, mac, 6);
 	err = init(net, fds, mtu, capture);
@@ -470,11 +475,13 @@ struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int bac
 	return net;
 }
 
-void mc_net_close(struct mc_net *net)
+int mc_net_close(struct mc_net *net)
 {
+	int err;
+
 	if (net->backend == MC_NET_LINK)
 		net_link_deinit(net);
-	net_pcap_deinit(&net->pcap);
+	err = net_pcap_deinit(&net->pcap);
 	net_stream_deinit(&net->stream);
 	for (uint16_t i = 0; i < net->max_pairs; i++) {
 		free(net->pairs[i].iov);
@@ -486,4 +493,5 @@ void mc_net_close(struct mc_net *net)
 	if (net->event_fd >= 0)
 		close(net->event_fd);
 	free(net);
+	return err;
 }

@@ -61,13 +61,14 @@ struct mc_net;
 
 /*
  * fds: MC_NET_TAP: one tap queue per pair (IFF_VNET_HDR, header of 12 bytes, non-blocking). MC_NET_PASST: a connected
- * stream socket. MC_NET_LINK: a directory (fds[0]) and the lock file in it (fds[1]); the calling process's working
- * directory becomes that directory. capture: a pcap file, or -1. All stay the caller's and must outlive mc_net_close().
+ * stream socket. MC_NET_LINK: a directory, opened for reading, that two sidecars share; it becomes the calling process's
+ * working directory. capture: a pcap file, or -1. All stay the caller's and must outlive mc_net_close().
  * Returns NULL and errno.
  */
 struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int backend, const int *fds, uint16_t pairs,
 			   const uint8_t mac[6], uint16_t mtu, int capture);
-void mc_net_close(struct mc_net *net);
+/* 0, or -errno when the end of the capture could not be written. */
+int mc_net_close(struct mc_net *net);
 
 /* Features that this backend can offer, with RING_EVENT_IDX and RING_INDIRECT_DESC. */
 uint64_t mc_net_features(const struct mc_net *net);
@@ -82,7 +83,7 @@ int mc_net_set_features(struct mc_net *net, uint64_t features);
 int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used,
 		     uint16_t last_avail, uint16_t used_idx, int kick, int call);
 
-/* NULL: that queue is not set up. */
+/* NULL: that queue is not set up. One that could not be, since its rings are not legal, has its error set. */
 const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index);
 
 /* The loop. Returns 0 once mc_net_stop() was called and every popped chain is pushed or given back, or -errno when the

@@ -50,7 +50,7 @@ struct net_pcap {
 };
 
 int net_pcap_init(struct net_pcap *pcap, int fd);
-void net_pcap_deinit(struct net_pcap *pcap);
+int net_pcap_deinit(struct net_pcap *pcap);	/* 0, or -errno when the last records are lost */
 /* One frame: `len` bytes of iov after the first `skip`. True: the capture has just failed. */
 bool net_pcap_packet(struct net_pcap *pcap, const struct iovec *iov, uint32_t n, size_t skip, size_t len);
 bool net_pcap_flush(struct net_pcap *pcap);
@@ -106,7 +106,7 @@ struct net_stream {
 
 /* net_link.c */
 struct net_link {
-	int lock_fd, listen_fd, inotify_fd, timer_fd;
+	int dir_fd, listen_fd, inotify_fd, timer_fd;
 	int fd;				/* peer, -1: none */
 	bool greeted;			/* the peer's hello came, so the link is up */
 	int error;			/* shared */
@@ -190,7 +190,7 @@ int net_stream_init(struct net_stream *s);
 void net_stream_deinit(struct net_stream *s);
 
 /* net_link.c */
-int net_link_init(struct mc_net *net, int dir_fd, int lock_fd);
+int net_link_init(struct mc_net *net, int dir_fd);
 void net_link_deinit(struct mc_net *net);
 void net_link_start(struct mc_net *net);	/* listen or connect, whichever falls to us */
 void net_link_stop(struct mc_net *net);		/* hang up: a guest without a driver has no carrier */

@@ -4,8 +4,8 @@
  * did not accept such frames has them finished (net_gso.c), by its own sidecar. No side needs to know the other's
  * features, and either may go, come back, or reboot.
  *
- * They meet in a directory with two files: whoever has the flock of `lock` listens on `socket`, the other one connects.
- * The lock's open file description is shared with the supervisor, so it outlives this process and dies with the VM.
+ * They meet in a directory: whoever has the flock of it listens on `socket` there, the other one connects. The lock's
+ * open file description is shared with the supervisor, so it outlives this process and dies with the VM.
  * The socket appears by rename when it already listens, which inotify tells a waiting peer; the timer is for what no
  * event tells: the lock became free, or a third party left.
  *
@@ -38,11 +38,11 @@ struct greeting {
 };
 static const struct greeting GREETING = {"mc-link", 1, MC_NET_MAX_FRAME};
 
-int net_link_init(struct mc_net *net, int dir_fd, int lock_fd)
+int net_link_init(struct mc_net *net, int dir_fd)
 {
 	struct net_link *l = &net->link;
 
-	l->lock_fd = lock_fd;
+	l->dir_fd = dir_fd;
 	/* Names are short and relative to the directory: sun_path has 108 bytes, and there may be no /proc. */
 	if (fchdir(dir_fd) < 0)
 		return -errno;
@@ -69,7 +69,7 @@ void net_link_deinit(struct mc_net *net)
 	net_link_stop(net);
 	if (l->listen_fd >= 0) {
 		unlink(NAME);
-		flock(l->lock_fd, LOCK_UN);
+		flock(l->dir_fd, LOCK_UN);
 	}
 	link_close(net, &l->listen_fd);
 	link_close(net, &l->inotify_fd);
@@ -174,11 +174,11 @@ void net_link_start(struct mc_net *net)
 
 	if (l->fd >= 0)
 		return;
-	if (l->listen_fd < 0 && flock(l->lock_fd, LOCK_EX | LOCK_NB) == 0) {
+	if (l->listen_fd < 0 && flock(l->dir_fd, LOCK_EX | LOCK_NB) == 0) {
 		err = link_listen(net);
 		if (err) {
 			link_error(net, -err);
-			flock(l->lock_fd, LOCK_UN);
+			flock(l->dir_fd, LOCK_UN);
 			link_retry(l);
 			return;
 		}

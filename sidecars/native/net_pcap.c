@@ -63,11 +63,13 @@ int net_pcap_init(struct net_pcap *p, int fd)
 	return 0;
 }
 
-void net_pcap_deinit(struct net_pcap *p)
+int net_pcap_deinit(struct net_pcap *p)
 {
-	net_pcap_flush(p);
+	int err = net_pcap_flush(p) ? -p->error : 0;
+
 	free(p->buf);
 	p->buf = NULL;
+	return err;
 }
 
 bool net_pcap_flush(struct net_pcap *p)

@@ -1,0 +1,182 @@
+"""The net sidecar: a virtio-net device (virtio 1.2, section 5.1) before a tap, a passt process, or another VM's NIC."""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from motorcade.sidecars import _net
+from motorcade.sidecars.device import (
+    BrokenQueue,
+    Device,
+    QueueConfig,
+    broken,
+    init_memory,
+    map_isr,
+    queue_stats,
+)
+
+if TYPE_CHECKING:
+    from motorcade.proto.memory import GuestMemory
+    from motorcade.proto.messages import Boot, StatsReport
+
+log = logging.getLogger("motorcade.net")
+lib, ffi = _net.lib, _net.ffi
+
+VIRTIO_ID_NET = 1
+CONFIG = struct.Struct("<6sHHH")  # struct virtio_net_config up to mtu: mac, status, max_virtqueue_pairs, mtu
+BACKENDS = {"tap": lib.MC_NET_TAP, "passt": lib.MC_NET_PASST, "link": lib.MC_NET_LINK}
+COUNTERS = [name for name, _ in ffi.typeof("struct mc_net_counters").fields]
+
+
+class NetDevice(Device):
+    """Descriptors: ``tap.0`` to ``tap.N-1``, or ``passt``, or ``link`` (netbackend.py opens each of them); ``capture``
+    (optional); ``kick.0`` to ``kick.2N``, ``call.0``, ``isr``.
+
+    Raises ValueError for a Boot or a capture file that is not ours, KeyError for a missing descriptor, OSError for one
+    that is not what its label says.
+    """
+
+    ffi, lib = ffi, lib
+    virtio_type = VIRTIO_ID_NET
+
+    def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
+        super().__init__(boot, fds, memory)
+        from motorcade.proto.messages import NetBoot
+
+        if not isinstance(boot.role, NetBoot):
+            raise ValueError("the net sidecar was given the Boot of another kind")
+        self.role = role = boot.role
+        if role.backend not in BACKENDS:
+            raise ValueError(f"backend {role.backend!r} is none of {', '.join(BACKENDS)}")
+        most = lib.MC_NET_MAX_PAIRS if role.backend == "tap" else 1
+        if not 1 <= role.queue_pairs <= most:
+            raise ValueError(f"{role.queue_pairs} queue pairs; a {role.backend} backend has 1 to {most}")
+        pairs = range(role.queue_pairs)
+        backend = [fds[f"tap.{i}"] for i in pairs] if role.backend == "tap" else [fds[role.backend]]
+        capture = fds.get("capture", -1)
+        if capture >= 0:
+            check_capture(capture)
+
+        self._mem = ffi.new("struct mc_mem *")
+        init_memory(ffi, self._mem, memory)
+        self._isr = map_isr(fds["isr"])
+        self._isr_at = ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr))
+        # All that is allocated is allocated here: a queue pair has its buffers whether the driver uses it or not.
+        self._net = lib.mc_net_open(
+            self._mem,
+            self._isr_at,
+            BACKENDS[role.backend],
+            ffi.new("int[]", backend),
+            role.queue_pairs,
+            role.mac,
+            role.mtu,
+            capture,
+        )
+        if self._net == ffi.NULL:
+            raise OSError(ffi.errno, f"net {role.device_id}: {role.backend}: {os.strerror(ffi.errno)}")
+        self._reported = self._status()
+
+    @property
+    def features(self) -> int:
+        """What the backend can do: offloads for a tap or a link, MQ for a tap of several queues."""
+        return int(lib.mc_net_features(self._net))
+
+    @property
+    def queue_sizes(self) -> list[int]:
+        """receiveq and transmitq of each pair, then the control queue, which comes earlier for a driver without MQ."""
+        pairs = 2 * self.role.queue_pairs
+        return [lib.MC_NET_QUEUE_SIZE] * pairs + [lib.MC_NET_CTRL_SIZE]
+
+    @property
+    def config(self) -> bytes:
+        """``struct virtio_net_config`` without what is not offered behind ``mtu``."""
+        status = self._status()
+        up = lib.VIRTIO_NET_S_LINK_UP if status.link_up else 0
+        return CONFIG.pack(bytes(ffi.buffer(status.mac)), up, self.role.queue_pairs, self.role.mtu)
+
+    def activate(self, features: int, queues: Sequence[QueueConfig]) -> None:
+        """OSError: the tap refuses the offloads, though it had offered them."""
+        if (error := lib.mc_net_set_features(self._net, features)) and not self._status().backend_error:
+            raise OSError(-error, f"net {self.role.device_id}: offloads: {os.strerror(-error)}")
+        call = self.fds["call.0"]
+        for q in queues:
+            kick = self.fds[f"kick.{q.index}"]
+            if lib.mc_net_set_queue(self._net, q.index, q.size, q.desc, q.driver, q.device, 0, 0, kick, call) < 0:
+                # Legal to set up, never used: without MQ, or without CTRL_VQ, the driver has fewer queues.
+                log.warning("queue %d is ready, but has no use with features %#x", q.index, features)
+
+    def run(self) -> None:
+        """The C loop."""
+        if error := lib.mc_net_run(self._net):
+            raise OSError(-error, f"net loop: {os.strerror(-error)}")
+
+    def stop(self) -> None:
+        """Popped buffers are pushed, or given back to their ring; the far end of a link sees its carrier go."""
+        lib.mc_net_stop(self._net)
+
+    def reset(self) -> None:
+        """Offloads off, one queue pair, and the MAC of machine.yaml again."""
+        lib.mc_net_reset(self._net)
+
+    def broken_queues(self) -> list[BrokenQueue]:
+        """Queues without MQ are numbered as the driver numbers them."""
+        return broken(ffi, lib, self._queues())
+
+    def stats(self) -> StatsReport:
+        """The details are ``struct mc_net_counters``: packets, but for ``rx_starved`` and ``tx_blocked`` (times)."""
+        from motorcade.proto.messages import Counter, StatsReport
+
+        counters = self._status().counters
+        detail = tuple(Counter(name, getattr(counters, name)) for name in COUNTERS)
+        return StatsReport(tuple(queue_stats(vq, vq.index) for vq in self._queues()), detail)
+
+    def close(self) -> None:
+        """OSError when the last records of a capture could not be written."""
+        net, self._net = self._net, ffi.NULL
+        if net != ffi.NULL and (error := lib.mc_net_close(net)):
+            raise OSError(-error, f"packets are missing from the capture: {os.strerror(-error)}")
+
+    def fileno_events(self) -> Mapping[int, Callable[[], None]]:
+        """The C loop's own event: link, MAC, errors, broken queues."""
+        return {lib.mc_net_event_fd(self._net): self._on_event}
+
+    def _queues(self) -> list[Any]:
+        found = (lib.mc_net_queue(self._net, i) for i in range(2 * self.role.queue_pairs + 1))
+        return [vq for vq in found if vq != ffi.NULL]
+
+    def _status(self) -> Any:
+        status = ffi.new("struct mc_net_status *")
+        lib.mc_net_get_status(self._net, status)
+        return status
+
+    def _on_event(self) -> None:
+        """Says in the log what changed; the runtime tells the core of broken queues and of configuration space."""
+        os.eventfd_read(lib.mc_net_event_fd(self._net))
+        old, new = self._reported, self._status()
+        self._reported = new
+        if new.backend_error and not old.backend_error:
+            why = os.strerror(new.backend_error)
+            log.error("the %s is gone (%s): the link is down for good", self.role.backend, why)
+        if new.link_error and new.link_error != old.link_error:
+            log.error("the link cannot be made: %s; trying on", os.strerror(new.link_error))
+        if new.counters.link_refused != old.counters.link_refused:
+            log.warning("a third VM was turned away from the link")
+        if new.link_up != old.link_up:
+            log.info("link %s", "up" if new.link_up else "down")
+        if new.capture_error and not old.capture_error:
+            log.warning("the capture stops, the traffic goes on: %s", os.strerror(new.capture_error))
+        if bytes(ffi.buffer(new.mac)) != bytes(ffi.buffer(old.mac)):
+            log.info("the guest changed the MAC to %s", bytes(ffi.buffer(new.mac)).hex(":"))
+
+
+def check_capture(fd: int) -> None:
+    """ValueError: the file holds something that is not a capture of ours. OSError: it cannot be read."""
+    ours = lib.mc_pcap_check(fd)
+    if ours < 0:
+        raise OSError(-ours, f"capture: {os.strerror(-ours)}")
+    if not ours:
+        raise ValueError("capture: the file is not empty, and no pcap file with nanoseconds to append to")
