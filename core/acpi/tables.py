@@ -20,7 +20,7 @@ LAPIC_BASE = 0xFEE00000
 _OEM = b"MOTORC"
 _OEM_TABLE = b"MOTORCAD"
 _CREATOR = b"MTRC"
-_END = 0x100000  # of the firmware area
+_END = 0xFFFF0  # of the firmware area; the reset vector follows
 
 MemoryWrite = Callable[[int, bytes], None]
 

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from motorcade.core import pm
 from motorcade.core.boot.entry import Mode
 from motorcade.core.boot.error import BootError, mib
 from motorcade.proto.memory import PAGE, GuestMemory, Region
@@ -28,6 +29,7 @@ BOOT_END = CMDLINE_END  # nothing of a kernel may lie below
 
 LOW_END = 0x9FC00  # where conventional memory ends on a PC; the EBDA would follow
 FIRMWARE = 0xE0000  # the ACPI tables; readers without an RSDP address search from here
+RESET_VECTOR = 0xFFFF0  # where a processor starts in real mode; 16 bytes
 ONE_MIB = 0x100000
 
 E820_RAM = 1
@@ -64,6 +66,22 @@ def memory_map(regions: Sequence[Region]) -> list[Range]:
 def loadable(ranges: Sequence[Range], start: int, size: int) -> bool:
     """Whether a kernel may have ``size`` bytes at ``start``: usable RAM without the loaders' own tables."""
     return any(r.kind == E820_RAM and max(r.start, BOOT_END) <= start and start + size <= r.end for r in ranges)
+
+
+def write_reset_vector(memory: GuestMemory) -> None:
+    """Puts a firmware's last resort where real mode expects it: code that resets the machine.
+
+    Linux jumps there to reboot when the platform is hardware-reduced and it was not started by EFI: it then tries
+    EFI first and the BIOS second, and never reads the FADT's reset register (Linux, arch/x86/kernel/reboot.c,
+    reboot_init).
+    """
+    code = (
+        b"\xba" + (pm.BASE + pm.RESET).to_bytes(2, "little")  # mov dx, port
+        + bytes([0xB0, pm.RESET_VALUE])  # mov al, value
+        + b"\xee"  # out dx, al
+        + b"\xfa\xf4\xeb\xfd"  # cli; hlt; jmp back to hlt
+    )  # fmt: skip
+    memory.write(RESET_VECTOR, code)
 
 
 def write_gdt(memory: GuestMemory, mode: Mode) -> int:

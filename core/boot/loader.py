@@ -35,6 +35,7 @@ def load(
     which file.
     """
     ranges = layout.memory_map(memory.regions)
+    layout.write_reset_vector(memory)
     image: Image = FileImage(kernel_fd, kernel_name)
     initrd = FileImage(initrd_fd, initrd_name) if initrd_fd is not None else None
     header: bzimage.Header | None = None

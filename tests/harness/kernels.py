@@ -16,7 +16,7 @@ def debian_kernel() -> Path | None:
     named = os.environ.get("MOTORCADE_TEST_KERNEL")
     if named:
         return Path(named)
-    found = REPO / ".cache/guest/vmlinuz"
+    found = REPO / ".cache/guest/kernel/vmlinuz"
     return found if found.exists() else None
 
 

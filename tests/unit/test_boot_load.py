@@ -130,6 +130,12 @@ def test_bzimage_by_its_64_bit_entry(memory: GuestMemory, boot: Loader) -> None:
     assert not any(zero_page[:0x70])  # no video mode that was never set
 
 
+def test_reset_vector_writes_the_reset_register(memory: GuestMemory, boot: Loader) -> None:
+    boot(memory, pvh_kernel())
+    code = memory.read(0xFFFF0, 16)
+    assert code[:6] == bytes.fromhex("ba0606 b042 ee")  # mov dx, 0x606; mov al, 0x42; out dx, al
+
+
 def walk(memory: GuestMemory, cr3: int, address: int) -> int:
     table = cr3
     for shift in (39, 30, 21):
