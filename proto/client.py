@@ -106,11 +106,11 @@ class ControlClient:
                 self.refusals.note(self.device_id, "a message that the core does not send now", message.id)
         return self.connected
 
-    def close(self) -> None:
-        """Sends no more, closes the sockets and ends the I/O thread."""
+    def close(self, linger: float = 0.0) -> None:
+        """Closes the sockets and ends the I/O thread, after at most ``linger`` seconds for what was sent to go out."""
         self._wait.close()
         self._dealer.disable_monitor()
-        self._context.destroy(linger=0)
+        self._context.destroy(linger=int(linger * 1000))
 
     def _send(self, message: Message) -> None:
         try:
