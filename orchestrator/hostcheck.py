@@ -26,9 +26,10 @@ def check(machine: Machine, source: Source) -> None:
     for i, disk in enumerate(machine.disks):
         _check_disk(disk, i, source, writers, readers)
     for i, net in enumerate(machine.nets):
-        for key in ("link", "capture"):
-            if (path := getattr(net, key)) is not None:
-                _check_folder(source, ("nets", i, key), path)
+        if net.capture is not None:
+            _check_folder(source, ("nets", i, "capture"), net.capture)
+        if net.link is not None and not Path(net.link).is_dir():  # the meeting place of the two is made when missing
+            _check_folder(source, ("nets", i, "link"), net.link)
     default = len(machine.consoles) - _written(source, "consoles")  # the serial port that nobody wrote down is first
     for i, console in enumerate(machine.consoles):
         if isinstance(console.backend, To):

@@ -75,7 +75,9 @@ class Net(_Part):
         Meta(description="An existing tap interface of the host."),
     ] = None
     user: Annotated[bool, Meta(description="Through passt: needs no rights, no set-up, gives no inbound ping.")] = False
-    link: Annotated[str | None, Meta(description="A socket path that two VMs name to be wired together.")] = None
+    link: Annotated[
+        str | None, Meta(description="A directory that two VMs name to be wired together; made when missing.")
+    ] = None
     mac: Annotated[Mac | None, Meta(description="Default: stable, made from the machine's name and the id.")] = None
     queues: Annotated[int, Meta(ge=1, le=8, description="Queue pairs; more than 1 needs a multi-queue tap.")] = 1
     mtu: Annotated[

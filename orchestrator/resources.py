@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from motorcade.orchestrator import charbackend, rundir
+from motorcade.orchestrator import charbackend, netbackend, rundir
 from motorcade.orchestrator.errors import UserError
 from motorcade.orchestrator.machine import Console, Disk, Machine, Net, To
 from motorcade.proto import memory
@@ -55,11 +55,11 @@ class Device:
 class Resources:
     """Owns every descriptor in it, and what has to be removed at the end, until ``close``."""
 
-    def __init__(self, machine: Machine, run: rundir.RunDir) -> None:
-        """Opens nothing yet."""
-        self.machine, self.run = machine, run
+    def __init__(self, machine: Machine, run: rundir.RunDir, on_helper: Callable[[str, int], None]) -> None:
+        """Opens nothing yet. ``on_helper`` is told the role and pid of each program that a backend needs (passt): a
+        child of this process, and the supervisor's to watch and to end."""
+        self.machine, self.run, self.on_helper = machine, run, on_helper
         self.devices: list[Device] = []
-        self.helpers: list[Any] = []  # processes that a backend needs (passt): role, pid
         self.regions = memory.layout(int(machine.memory))
         self.memory = -1
         self.core: dict[str, int] = {}  # only the core's, by label
@@ -167,8 +167,6 @@ class Resources:
         return Device(disk.id, "blk", boot, fds, disk.queues, 0, backend=shown, info=info, locks=opened.locks)
 
     def _net(self, net: Net) -> Device:
-        from motorcade.orchestrator import netbackend
-
         assert net.mac is not None
         fds: dict[str, int] = {}
         if net.tap is not None:
@@ -179,12 +177,17 @@ class Resources:
             fds["link"] = self._own(netbackend.link(net.link))
             backend, shown = "link", f"link {net.link}"
         else:
-            fd, process = netbackend.spawn_passt(net.forward)
+            role = f"passt-{net.id}"
+            log_fd = self.run.open_log(role)
+            try:
+                fd, pid = netbackend.spawn_passt(net.forward, mtu=net.mtu, log_fd=log_fd)
+            finally:
+                os.close(log_fd)
             fds["passt"] = self._own(fd)
-            self.helpers.append((f"passt-{net.id}", process))
+            self.on_helper(role, pid)
             backend, shown = "passt", "user (passt)" + "".join(f" {rule}" for rule in net.forward)
         if net.capture is not None:
-            fds["capture"] = self._own(_open(net.capture, os.O_RDWR | os.O_APPEND | os.O_CREAT, f"net {net.id}"))
+            fds["capture"] = self._own(netbackend.open_capture(net.capture))
         boot = NetBoot(net.id, bytes(net.mac), net.queues, backend, net.mtu or 0)
         info = {"mac": str(net.mac), "backend": backend, "ifname": net.tap}
         # A pair a queue pair, and the control queue (virtio 1.2, 5.1.2).

@@ -14,7 +14,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from motorcade.orchestrator.rundir import process_start
@@ -27,21 +27,18 @@ Main = Callable[[socket.socket], int]
 
 
 @dataclass
-class Child:
-    """A process of this VM. Owns the pidfd and the supervisor's end of the boot socket until ``close``."""
+class Process:
+    """A child of the supervisor. Owns the pidfd until ``close``."""
 
-    role: str  # core, blk-root, net-lan, ...
-    device_id: str  # empty: the core
+    role: str  # core, blk-root, passt-lan, ...
     pid: int
     pidfd: int
-    link: socket.socket
     state: str = "starting"
-    failure: str = ""  # what it said itself before it ended
 
     @property
     def alive(self) -> bool:
         """Not reaped yet."""
-        return self.pid != 0 and not self.state.startswith(("exited", "killed"))
+        return not self.state.startswith(("exited", "killed"))
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal; one that has ended is left alone."""
@@ -49,26 +46,52 @@ class Child:
             signal.pidfd_send_signal(self.pidfd, number)
 
     def reap(self) -> str:
-        """After the pidfd became readable: how it ended, such as "exited with status 1", "killed by SIGSEGV"."""
+        """Waits for its end: how it ended, such as "exited with status 1", "killed by SIGSEGV"."""
         _, status = os.waitpid(self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         self.state = f"exited with status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         return self.state
 
     def close(self) -> None:
-        """Lets go of the descriptors."""
+        """Lets go of the pidfd."""
         os.close(self.pidfd)
+
+    def describe(self) -> dict[str, Any]:
+        """For state.json."""
+        start = process_start(self.pid)
+        return {"role": self.role, "device": None, "pid": self.pid, "start": start, "state": self.state}
+
+
+@dataclass
+class Helper(Process):
+    """A program that a backend needs, such as passt."""
+
+    state: str = "running"
+
+    def end(self) -> None:
+        """Kills it if it still runs (it keeps nothing), and lets go."""
+        if self.alive:
+            self.kill()
+            self.reap()
+        self.close()
+
+
+@dataclass
+class Child(Process):
+    """A process forked from us. Owns the supervisor's end of its boot socket, too."""
+
+    device_id: str = ""  # empty: the core
+    link: socket.socket = field(kw_only=True)
+    failure: str = ""  # what it said itself before it ended
+
+    def close(self) -> None:
+        """Lets go of the descriptors."""
+        super().close()
         self.link.close()
 
     def describe(self) -> dict[str, Any]:
         """For state.json."""
-        return {
-            "role": self.role,
-            "device": self.device_id or None,
-            "pid": self.pid,
-            "start": process_start(self.pid),
-            "state": self.state,
-        }
+        return {**super().describe(), "device": self.device_id or None}
 
 
 def spawn(role: str, device_id: str, vm: str, main: Main, log_fd: int) -> Child:
@@ -81,7 +104,7 @@ def spawn(role: str, device_id: str, vm: str, main: Main, log_fd: int) -> Child:
     if pid == 0:
         _child(role, vm, main, theirs, log_fd, supervisor)
     theirs.close()
-    return Child(role, device_id, pid, os.pidfd_open(pid), ours)
+    return Child(role, pid, os.pidfd_open(pid), device_id=device_id, link=ours)
 
 
 def _child(role: str, vm: str, main: Main, link: socket.socket, log_fd: int, supervisor: int) -> NoReturn:
@@ -136,3 +159,27 @@ def title(role: str, vm: str) -> None:
     import setproctitle
 
     setproctitle.setproctitle(f"motorcade: {role} ({vm})")
+
+
+def load_mains(kinds: set[str]) -> dict[str, Main]:
+    """What each kind of process runs."""
+    from motorcade.core import main as core_main
+
+    mains: dict[str, Main] = {"core": core_main.run}
+    if kinds:
+        from motorcade.sidecars import runtime
+
+        for kind in kinds:
+            device_class = _device_class(kind)
+            mains[kind] = lambda link, device_class=device_class: runtime.run(device_class, link)  # type: ignore[misc]
+    return mains
+
+
+def _device_class(kind: str) -> Any:
+    if kind == "blk":
+        from motorcade.sidecars.blk.device import BlkDevice as device_class
+    elif kind == "net":
+        from motorcade.sidecars.net.device import NetDevice as device_class
+    else:
+        from motorcade.sidecars.serial.device import SerialDevice as device_class
+    return device_class

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import selectors
@@ -21,9 +20,10 @@ from typing import Any
 from motorcade.orchestrator import lifeline
 from motorcade.orchestrator.errors import EXIT_ERROR, UserError
 from motorcade.orchestrator.machine import Machine
-from motorcade.orchestrator.resources import Device, Resources, slot_info, slot_number
-from motorcade.orchestrator.rundir import RunDir, process_start
-from motorcade.orchestrator.spawn import Child, Main, spawn
+from motorcade.orchestrator.resources import Resources, slot_info, slot_number
+from motorcade.orchestrator.rundir import RunDir
+from motorcade.orchestrator.spawn import Child, Helper, Main, load_mains, spawn
+from motorcade.orchestrator.vmstate import vm_state
 from motorcade.proto import boot, schema
 from motorcade.proto.versions import PROTOCOL_VERSION
 
@@ -42,11 +42,11 @@ class Supervisor:
         """Owns ``run`` and ``line``. ``config``: the path of machine.yaml, for people."""
         self.machine, self.run_dir, self.line = machine, run, line
         self.config, self.accel, self.paused = config, accel, paused
-        self.resources = Resources(machine, run)
+        self.resources = Resources(machine, run, self.add_helper)
         self.selector = selectors.DefaultSelector()
         self.core: Child | None = None
         self.sidecars: dict[str, Child] = {}
-        self.helpers: list[tuple[str, int]] = []  # (role, pid) of processes that backends need
+        self.helpers: list[Helper] = []  # processes that backends need: passt
         self.status = "starting"
         self.started = time.time()
         self.attached = True  # vmmctl has not let go of us
@@ -85,6 +85,12 @@ class Supervisor:
         self.mains = load_mains({device.kind for device in self.resources.devices})
         gc.collect()
         gc.freeze()
+
+    def add_helper(self, role: str, pid: int) -> None:
+        """A program that a backend has started."""
+        helper = Helper(role, pid, os.pidfd_open(pid))
+        self.helpers.append(helper)
+        self.selector.register(helper.pidfd, selectors.EVENT_READ, lambda: self.on_helper_exit(helper))
 
     def fork_processes(self) -> None:
         """The sidecars first: the core's Boot names their pids. They wait for theirs until the core is ready."""
@@ -299,6 +305,13 @@ class Supervisor:
         boot.send_life(self.core.link, schema.SidecarDied(child.device_id, why[:4000]))
         lifeline.send(self.line, event="sidecar-died", role=child.role, reason=why)
 
+    def on_helper_exit(self, helper: Helper) -> None:
+        """passt, for one, is gone: its NIC's sidecar sees the end of the stream, and the guest a link that is down."""
+        self.selector.unregister(helper.pidfd)
+        log.error("%s %s", helper.role, helper.reap())
+        lifeline.send(self.line, event="sidecar-died", role=helper.role, reason=helper.state)
+        self.write_state()
+
     # End.
 
     def shut_down(self) -> None:
@@ -348,8 +361,8 @@ class Supervisor:
                 child.kill()
                 child.reap()
                 child.close()
-        for _, pid in self.helpers:
-            end_helper(pid)
+        for helper in self.helpers:
+            helper.end()
         for fd in self.logs:
             os.close(fd)
         if self.failure is not None:
@@ -376,11 +389,7 @@ class Supervisor:
 
     def processes(self) -> list[dict[str, Any]]:
         """For state.json and for a person."""
-        helpers = [
-            {"role": role, "device": None, "pid": pid, "start": process_start(pid), "state": "running"}
-            for role, pid in self.helpers
-        ]
-        return [child.describe() for child in self.children()] + helpers
+        return [process.describe() for process in (*self.children(), *self.helpers)]
 
     def console(self) -> str | None:
         """The console that `vmmctl up` and `vmmctl console` attach to when not told: terminal, else the uart."""
@@ -393,138 +402,5 @@ class Supervisor:
         lifeline.send(self.line, event="progress", text=text)
 
     def write_state(self) -> None:
-        """state.json: what vmmctl ps, status and others know of this VM."""
-        machine = self.machine
-        state: dict[str, Any] = {
-            "name": machine.name,
-            "uuid": machine.uuid,
-            "status": self.status,
-            "pid": os.getpid(),
-            "start": process_start(os.getpid()),
-            "started": self.started,
-            "config": self.config,
-            "accel": self.accel,
-            "machine": {"cpus": machine.cpus, "memory": int(machine.memory), "kernel": machine.kernel.image},
-            "processes": self.processes(),
-            "devices": [device_state(d) for d in self.resources.devices],
-            "console": self.console(),
-            "qmp": [f"unix:{self.run_dir.path / 'qmp.sock'}", *machine.qmp],
-            "locks": [lock for d in self.resources.devices for lock in d.locks],
-        }
-        if self.ended is not None and self.status in {"ended", "failed"}:
-            state["ended"] = {
-                "status": self.ended.status,
-                "reason": self.ended.reason,
-                "detail": self.ended.detail,
-                "time": time.time(),
-            }
-        self.run_dir.write_state(state)
-
-
-def device_state(device: Device) -> dict[str, Any]:
-    """One device for state.json."""
-    return {"id": device.id, "kind": device.kind, "slot": device.slot, "backend": device.backend}
-
-
-def end_helper(pid: int) -> None:
-    """Ends a process that a backend needed, and waits for it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)
-
-
-def load_mains(kinds: set[str]) -> dict[str, Main]:
-    """What each kind of process runs."""
-    from motorcade.core import main as core_main
-
-    mains: dict[str, Main] = {"core": core_main.run}
-    if kinds:
-        from motorcade.sidecars import runtime
-
-        for kind in kinds:
-            device_class = _device_class(kind)
-            mains[kind] = lambda link, device_class=device_class: runtime.run(device_class, link)  # type: ignore[misc]
-    return mains
-
-
-def _device_class(kind: str) -> Any:
-    if kind == "blk":
-        from motorcade.sidecars.blk.device import BlkDevice as device_class
-    elif kind == "net":
-        from motorcade.sidecars.net.device import NetDevice as device_class
-    else:
-        from motorcade.sidecars.serial.device import SerialDevice as device_class
-    return device_class
-
-
-def main(machine: Machine, line: socket.socket, *, config: str, accel: str, paused: bool) -> int:
-    """The supervisor's process, forked by vmmctl with ``line``, its end of the lifeline. Returns its exit status."""
-    os.setsid()
-    os.umask(0o077)
-    os.chdir("/")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    close_all_but(line.fileno())
-    raise_nofile()
-    try:
-        sockets = tuple(f"console-{c.id}.sock" for c in machine.consoles)
-        run = RunDir.acquire(machine.name, sockets)
-    except UserError as e:
-        lifeline.send(line, event="failed", message=str(e), status=e.status)
-        return e.status
-    start_log(run, machine.log_level)
-    from motorcade.orchestrator.spawn import title
-
-    title("supervisor", machine.name)
-    return Supervisor(machine, run, line, config=config, accel=accel, paused=paused).run()
-
-
-def close_all_but(keep: int) -> None:
-    """vmmctl's descriptors, and what it inherited, are not ours. 0, 1 and 2 become /dev/null."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.closerange(3, keep)
-    os.closerange(keep + 1, (1 << 31) - 1)
-
-
-def raise_nofile() -> None:
-    """A large VM has hundreds of descriptors, all of them here."""
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def start_log(run: RunDir, level: str) -> None:
-    """log/supervisor.log, JSON lines; also stderr, for Python's last words."""
-    from motorcade.sidecars.log import JsonFormatter
-
-    fd = run.open_log("supervisor")
-    os.dup2(fd, 2)
-    os.close(fd)
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter("supervisor"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-def fork(machine: Machine, *, config: str, accel: str, paused: bool) -> tuple[int, socket.socket]:
-    """Forks the supervisor of a VM; for a process with one thread. Returns its pid and vmmctl's end of the lifeline,
-    which the caller owns."""
-    ours, theirs = lifeline.pair()
-    pid = os.fork()
-    if pid == 0:
-        status = EXIT_ERROR
-        try:
-            status = main(machine, theirs, config=config, accel=accel, paused=paused)
-        except BaseException as e:
-            # Whatever it is, vmmctl must hear of it; it then reads the log too, if there is one by now.
-            logging.getLogger("motorcade.supervisor").exception("the supervisor ends")
-            message = json.dumps(f"{type(e).__name__}: {e}")
-            lifeline.send(theirs, event="failed", message=f"the supervisor: {message}", status=EXIT_ERROR)
-        finally:
-            os._exit(status)
-    theirs.close()
-    return pid, ours
+        """Tells vmmctl ps, status and others how it stands."""
+        self.run_dir.write_state(vm_state(self))

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         from motorcade.orchestrator.box import machine as box_machine
 
         return box_machine.up(args.file, machine, detach=args.detach, paused=args.paused)
-    from motorcade.orchestrator import supervisor
+    from motorcade.orchestrator import daemon
 
-    pid, line = supervisor.fork(machine, config=str(source.path.absolute()), accel=chosen.name, paused=args.paused)
+    pid, line = daemon.fork(machine, config=str(source.path.absolute()), accel=chosen.name, paused=args.paused)
     return Foreground(machine.name, pid, line, detach=args.detach).run()
