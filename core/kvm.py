@@ -178,6 +178,7 @@ class Vm:
             address = self._memory.host_address(slot)
             area = ffi.new("struct kvm_userspace_memory_region *", (slot, 0, region.gpa, region.size, address))
             call(f"RAM at {region.gpa:#x}", self.fd, lib.KVM_SET_USER_MEMORY_REGION, area)
+        self._power_on = self.save()
 
     def close(self) -> None:
         """Closes the VM; its vCPUs must be closed before, their threads gone."""
@@ -231,6 +232,10 @@ class Vm:
         return isr
 
     # State.
+
+    def reset(self) -> None:
+        """The interrupt controllers (and the PIT) as after power-on; the vCPUs must be parked."""
+        self.restore(self._power_on)
 
     def clock(self) -> int:
         """kvmclock: nanoseconds as the guest sees them."""

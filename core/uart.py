@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from motorcade.core._native import ffi, lib
 from motorcade.core.kvm import Vm
@@ -55,7 +56,7 @@ class Uart:
         lib.mc_uart_attach(self.native, ffi.NULL, -1, -1)
         self._replace(ffi.NULL)
 
-    def _replace(self, ring: ffi.CData) -> None:
+    def _replace(self, ring: Any) -> None:
         if self._ring != ffi.NULL:
             lib.mc_uart_ring_unmap(self._ring)
         self._ring = ring
@@ -72,9 +73,7 @@ class Uart:
     def stats(self) -> UartStats:
         """Counters, read without a lock."""
         s = self.native.stats
-        return UartStats(
-            s.tx_bytes, s.rx_bytes, s.tx_discarded, s.tx_overrun, s.rx_overrun, s.ring_errors, s.tx_stalls
-        )
+        return UartStats(s.tx_bytes, s.rx_bytes, s.tx_discarded, s.tx_overrun, s.rx_overrun, s.ring_errors, s.tx_stalls)
 
     def save(self) -> bytes:
         """The registers and FIFOs, for a snapshot; the vCPUs must be parked."""

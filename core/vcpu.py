@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import threading
 import time
 import traceback
@@ -66,11 +67,11 @@ class Vcpus:
 
         ``on_stop(reason, text)`` is called once, on a vCPU's thread, when the guest cannot go on; ``text`` has the
         registers. All vCPUs then park, and only ``reset`` gets them out. ``on_parked`` is called on a vCPU's thread
-        whenever the last vCPU has parked. Neither may wait for a vCPU.
+        whenever the last vCPU has parked (not for a request that finds them parked). Neither may wait for a vCPU.
         """
         if not 1 <= cpus <= vm.kvm.max_vcpus:
             raise ValueError(f"{cpus} vCPUs: KVM allows 1 to {vm.kvm.max_vcpus}")
-        self._mmio, self._pio = mmio, pio
+        self._vm, self._mmio, self._pio = vm, mmio, pio
         self._on_stop, self._on_parked = on_stop, on_parked
         self._changed = threading.Condition()
         self._paused = True  # guarded by _changed, as all below
@@ -95,9 +96,11 @@ class Vcpus:
         """Puts vCPU 0 at ``entry``, makes the threads, and returns with all of them parked: ``resume`` lets them go."""
         for vcpu in self.vcpus:
             vcpu.prepare(entry if vcpu.index == 0 else None)
-        for vcpu in self.vcpus:
-            thread = threading.Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
-            self._threads.append(thread)
+        self._threads = [
+            threading.Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
+            for vcpu in self.vcpus
+        ]
+        for thread in self._threads:
             thread.start()
         self.wait_parked(10.0)
 
@@ -142,9 +145,13 @@ class Vcpus:
             self._changed.notify_all()
 
     def reset(self, entry: Entry) -> None:
-        """Processor reset: vCPU 0 to ``entry``, the others to waiting for SIPI. All must be parked, and stay so."""
+        """Reset of the processors and interrupt controllers: vCPU 0 to ``entry``, the others to waiting for SIPI.
+
+        All must be parked, and stay so. Devices are reset before, so that none of them holds a line up.
+        """
         if not self.parked:
             raise RuntimeError("a reset needs the vCPUs parked")
+        self._vm.reset()
         # The boot processor last: restoring its APIC must not find the others' leftovers of an INIT in flight.
         for vcpu in reversed(self.vcpus):
             vcpu.reset(entry if vcpu.index == 0 else None)
@@ -258,7 +265,10 @@ class Vcpus:
         if kind == lib.MC_EXIT_SHUTDOWN:
             return StopReason.TRIPLE_FAULT, "triple fault"
         if kind == lib.MC_EXIT_SYSTEM_EVENT:
-            return StopReason.SYSTEM_EVENT, f"the guest ended: {_SYSTEM_EVENTS.get(e.code, f'event {e.code}')} {details}"
+            return (
+                StopReason.SYSTEM_EVENT,
+                f"the guest ended: {_SYSTEM_EVENTS.get(e.code, f'event {e.code}')} {details}",
+            )
         if kind == lib.MC_EXIT_INTERNAL_ERROR:
             text = f"KVM internal error {e.code}: {_SUBERRORS.get(e.code, 'unknown')} ({details})"
         elif kind == lib.MC_EXIT_FAIL_ENTRY:
@@ -266,7 +276,7 @@ class Vcpus:
         elif kind == lib.MC_EXIT_DEBUG:
             text = f"a debug exit that nobody asked for ({details})"
         elif kind == lib.MC_EXIT_ERROR:
-            text = f"KVM_RUN failed with errno {e.code}"
+            text = f"KVM_RUN: {os.strerror(e.code)}"
         else:
             text = f"KVM exit reason {e.code}, which is not handled"
         return StopReason.INTERNAL_ERROR, text

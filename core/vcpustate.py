@@ -171,7 +171,7 @@ class Vcpu:
         """The values of those of the MSRs that this vCPU has."""
         found: dict[int, int] = {}
         while indices:
-            table = _msr_table({i: 0 for i in indices})
+            table = _msr_table(dict.fromkeys(indices, 0))
             # KVM stops at the first that it cannot read: one that this vCPU's CPUID does not have.
             done = self._call("KVM_GET_MSRS", lib.KVM_GET_MSRS, table)
             found.update((e.index, e.data) for e in table.entries[0:done])
@@ -194,7 +194,7 @@ class Vcpu:
         """The registers, for a person."""
         r, s = self._get("regs"), self._get("sregs")
         lines = []
-        names = "rax rbx rcx rdx rsi rdi rbp rsp r8 r9 r10 r11 r12 r13 r14 r15".split()
+        names = ["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{n}" for n in range(8, 16))]
         for i in range(0, len(names), 4):
             lines.append(" ".join(f"{n:>3}={getattr(r, n):016x}" for n in names[i : i + 4]))
         lines.append(f"rip={r.rip:016x} rflags={r.rflags:08x} cpl={s.ss.dpl} efer={s.efer:x}")

@@ -12,7 +12,8 @@ struct mc_uart_stats {
 	uint64_t ring_errors;
 	uint64_t tx_stalls;
 };
-struct mc_uart_ring { ...; };
+struct mc_ring_pos { uint32_t head; uint32_t tail; uint32_t consumer_asleep; uint32_t producer_waiting; ...; };
+struct mc_uart_ring { struct mc_ring_pos tx, rx; uint8_t tx_data[...]; uint8_t rx_data[...]; ...; };
 struct mc_uart { struct mc_uart_stats stats; bool irq_level; int irq_error; ...; };
 
 int mc_uart_init(struct mc_uart *uart, int vm_fd, uint32_t gsi);
