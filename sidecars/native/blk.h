@@ -1,0 +1,86 @@
+/*
+ * The data path of the blk sidecar (virtio 1.2, section 5.2): one thread serves all queues of the device.
+ *
+ *   blk.c          life cycle and the loop          blk_uring.c    I/O through io_uring
+ *   blk_req.c      from a chain to a request        blk_sync.c     I/O through preadv and pwritev
+ *   blk_io.c       reads, writes, zeroing           blk_overlay.c  the copy-on-write layer (docs/overlay-format.md)
+ *   blk_flush.c    what makes writes permanent      blk_geometry.c sizes and alignments of the backend
+ */
+#ifndef MC_BLK_H
+#define MC_BLK_H
+
+#include <linux/virtio_blk.h>
+#include <linux/virtio_ids.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "virtqueue.h"
+
+#define MC_BLK_MAX_QUEUES 16
+#define MC_BLK_QUEUE_SIZE 256
+#define MC_BLK_SEG_MAX 254		/* with a header and a status byte, a chain fills the queue at most */
+#define MC_BLK_OVERLAY_BLOCK 4096	/* what the overlay maps */
+
+enum mc_blk_engine { MC_BLK_AUTO, MC_BLK_URING, MC_BLK_SYNC };
+
+/* Descriptors, mem and isr stay the caller's and must outlive the device. */
+struct mc_blk_params {
+	int disk_fd;			/* the image, or an overlay's base */
+	int overlay_fd;			/* -1: none */
+	int event_fd;			/* signalled when a queue broke or the host failed a request */
+	int engine;			/* enum mc_blk_engine */
+	bool readonly;
+	bool direct;			/* the descriptors were opened with O_DIRECT */
+	bool discard;			/* space may be given back to the host */
+	uint16_t queues;
+	uint64_t overlay_size;		/* of the header: bytes of the disk, where the map and the data begin */
+	uint64_t overlay_map;
+	uint64_t overlay_data;
+	char serial[VIRTIO_BLK_ID_BYTES];
+	const struct mc_mem *mem;
+	struct mc_isr *isr;
+};
+
+/* Written by the data thread only; read at any time. */
+struct mc_blk_counters {
+	uint64_t reads, writes, flushes, discards, write_zeroes;
+	uint64_t refused;		/* requests of the guest's that are not legal, or not supported */
+	uint64_t io_errors;		/* requests that the host failed */
+	uint64_t last_error;		/* errno of the last of them */
+	uint64_t last_error_type;	/* VIRTIO_BLK_T_* */
+	uint64_t last_error_offset;	/* bytes */
+	uint64_t bounced;		/* transfers through a bounce buffer */
+	uint64_t copied;		/* overlay blocks copied up from the base */
+	uint64_t overlay_blocks;	/* that hold data now */
+	uint64_t wakeups;		/* of the data thread */
+};
+
+struct mc_blk;
+
+/* Opens what the device needs. NULL with a message in error[256] on failure. */
+struct mc_blk *mc_blk_new(const struct mc_blk_params *params, char *error);
+/* Frees it. Not while mc_blk_run() runs. */
+void mc_blk_free(struct mc_blk *b);
+
+uint64_t mc_blk_features(const struct mc_blk *b);
+/* Configuration space and how much of it there is. */
+const struct virtio_blk_config *mc_blk_config(const struct mc_blk *b, uint32_t *size);
+const char *mc_blk_engine_name(const struct mc_blk *b);
+const struct mc_blk_counters *mc_blk_counters(const struct mc_blk *b);
+/* Queue i, whose mem and isr are set. */
+struct mc_vq *mc_blk_queue(struct mc_blk *b, uint16_t i);
+
+/* After mc_vq_init() of the queues in the mask, before mc_blk_run(). */
+void mc_blk_activate(struct mc_blk *b, uint64_t features, uint64_t queue_mask);
+/* Serves the queues until mc_blk_stop(), and then until nothing is in flight. Always from the same thread. Returns 0, or an
+ * errno when the loop cannot go on. */
+int mc_blk_run(struct mc_blk *b);
+void mc_blk_stop(struct mc_blk *b);
+/* mc_blk_run() has returned: the driver's settings are gone. */
+void mc_blk_reset(struct mc_blk *b);
+/* The driver's choice of cache mode (VIRTIO_BLK_F_CONFIG_WCE). Any time. */
+void mc_blk_set_writeback(struct mc_blk *b, bool on);
+/* Makes all completed writes permanent. Not while mc_blk_run() runs. Returns 0 or an errno. */
+int mc_blk_sync(struct mc_blk *b);
+
+#endif
