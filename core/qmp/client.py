@@ -38,8 +38,14 @@ def _members(item: bytes | Bad) -> dict[str, msgspec.Raw]:
         # Decoded whole first: that tells whether it is JSON all through, which keeping members as written does not.
         msgspec.json.decode(item)
         return _MEMBERS.decode(item)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise QmpError(f"JSON parse error, {e}") from None
+
+
+def _echo(raw: msgspec.Raw) -> object:
+    """An id as it goes back: a number to the digit as it came, anything else on one line."""
+    value = msgspec.json.decode(raw)
+    return raw if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _request(members: dict[str, msgspec.Raw]) -> tuple[str, msgspec.Raw | None]:
@@ -197,7 +203,7 @@ class Client:
         else:
             answer = {"return": outcome}
         if request_id is not None:
-            answer["id"] = request_id
+            answer["id"] = _echo(request_id)
         self._busy = False
         self._write(msgspec.json.encode(answer) + b"\r\n")
         if self._held is not None:

@@ -103,7 +103,7 @@ class Splitter:
         """Goes on to the next thing that matters: where it ends, and what it means."""
         if self._state is _State.ESCAPE:
             self._state = _State.STRING
-            return pos + 1, _Event.NONE
+            return pos + 1, _Event.ABORT if data[pos] == 0xFF else _Event.NONE
         hit = (_IN_STRING if self._state is _State.STRING else _STRUCTURE).search(data, pos)
         if hit is None:
             return len(data), _Event.NONE
