@@ -136,6 +136,8 @@ class NetDevice(Device):
 
     def close(self) -> None:
         """OSError when the last records of a capture could not be written."""
+        if self._net != ffi.NULL:
+            self._reported = self._status()  # what config and stats say from now on
         net, self._net = self._net, ffi.NULL
         if net != ffi.NULL and (error := lib.mc_net_close(net)):
             raise OSError(-error, f"packets are missing from the capture: {os.strerror(-error)}")
@@ -145,10 +147,14 @@ class NetDevice(Device):
         return {lib.mc_net_event_fd(self._net): self._on_event}
 
     def _queues(self) -> list[Any]:
+        if self._net == ffi.NULL:
+            return []
         found = (lib.mc_net_queue(self._net, i) for i in range(2 * self.role.queue_pairs + 1))
         return [vq for vq in found if vq != ffi.NULL]
 
     def _status(self) -> Any:
+        if self._net == ffi.NULL:
+            return self._reported
         status = ffi.new("struct mc_net_status *")
         lib.mc_net_get_status(self._net, status)
         return status

@@ -1,0 +1,78 @@
+"""A network namespace of a test's own, without a name: it lives in one thread, and is gone with it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ParamSpec, Self, TypeVar
+
+CLONE_NEWNET = 0x40000000
+ETH_P_ALL = 3
+PACKET_OUTGOING = 4
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class NetNs:
+    """Runs functions and ``ip`` inside a fresh namespace with ``lo`` up and IPv6 off. Needs root.
+
+    Sockets and taps opened inside stay there wherever they are used."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._thread.submit(_enter).result()
+        self.ip("link", "set", "lo", "up")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Calls ``function`` inside."""
+        return self._thread.submit(function, *args, **kwargs).result()
+
+    def ip(self, *args: str) -> str:
+        """Runs ip(8) inside."""
+        run = self.call(subprocess.run, ["ip", *args], capture_output=True, text=True, check=False, timeout=20)
+        assert run.returncode == 0, f"ip {' '.join(args)}: {run.stderr}"
+        return str(run.stdout)
+
+    def add_tap(self, name: str = "t0", *, address: str = "10.0.0.1/24", multi_queue: bool = False) -> None:
+        """A persistent tap, up, with an address."""
+        self.ip("tuntap", "add", name, "mode", "tap", *(["multi_queue"] if multi_queue else []))
+        self.ip("addr", "add", address, "dev", name)
+        self.ip("link", "set", name, "up")
+
+    def socket(self, *args: int) -> socket.socket:
+        """A socket inside; the caller closes it."""
+        sock = self.call(socket.socket, *args)
+        sock.settimeout(20)
+        return sock
+
+    def packets(self, name: str = "t0") -> socket.socket:
+        """A packet socket on an interface: every frame, whole."""
+        sock = self.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+        sock.bind((name, ETH_P_ALL))
+        return sock
+
+
+def _enter() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNET) < 0:
+        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
+    # Neighbour discovery would come between the test's frames. /proc/sys/net is the reading thread's namespace.
+    for where in ("all", "default"):
+        path = Path(f"/proc/sys/net/ipv6/conf/{where}/disable_ipv6")
+        if path.exists():
+            fd = os.open(path, os.O_WRONLY)
+            os.write(fd, b"1")
+            os.close(fd)
