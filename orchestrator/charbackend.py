@@ -25,20 +25,31 @@ class CharBackendError(Exception):
     """A backend that cannot be opened. The text names the path and says why."""
 
 
+Identity = tuple[int, int, int]
+
+
+def _identity(path: Path) -> Identity:
+    """Tells a file from a later one of the same name, which may have got the same inode number."""
+    st = path.lstat()
+    return st.st_dev, st.st_ino, st.st_mtime_ns
+
+
 @dataclass
 class CharBackend:
     """``fd`` is the owner's to close; ``close`` also removes what was made in the file system."""
 
     fd: int
     path: str  # for people: /dev/pts/3, the socket, the file
-    _made: list[tuple[Path, int]] = field(default_factory=list)  # what close() removes, by inode
+    _made: list[tuple[Path, Identity]] = field(default_factory=list)  # what close() removes
 
     def close(self) -> None:
-        """Closes ``fd`` and removes the link or socket, if it is still the one that was made here."""
-        os.close(self.fd)
-        for path, inode in self._made:
+        """Closes ``fd`` and removes the link or socket, if it is still the one that was made here. Once is enough."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        for path, identity in self._made:
             with contextlib.suppress(FileNotFoundError):
-                if path.lstat().st_ino == inode:
+                if _identity(path) == identity:
                     path.unlink()
 
 
@@ -68,15 +79,15 @@ def open_pty(link: Path | None = None, size: tuple[int, int] | None = None) -> C
     return CharBackend(master, name, made)
 
 
-def _make_link(link: Path, target: str) -> int:
-    """Makes the link by rename, so that there is no moment without it. Returns its inode."""
+def _make_link(link: Path, target: str) -> Identity:
+    """Makes the link by rename, so that there is no moment without it."""
     temporary = link.with_name(f"{link.name}.{os.getpid()}.new")
     try:
         if os.path.lexists(link) and not link.is_symlink():
             raise CharBackendError(f"{link}: exists and is not a symbolic link")
         temporary.symlink_to(target)
         temporary.replace(link)
-        return link.lstat().st_ino
+        return _identity(link)
     except OSError as e:
         raise CharBackendError(f"{link}: {e.strerror}") from e
 
@@ -98,7 +109,7 @@ def open_socket(path: Path) -> CharBackend:
                 _remove_stale(path)
                 sock.bind(os.fspath(path))
             sock.listen(16)
-            return CharBackend(sock.detach(), str(path), [(path, path.lstat().st_ino)])
+            return CharBackend(sock.detach(), str(path), [(path, _identity(path))])
         except OSError as e:
             raise CharBackendError(f"{path}: {e.strerror}") from e
 

@@ -1,7 +1,8 @@
 """The serial sidecar: one console's bytes between the guest and whoever reads and types.
 
-Two flavours, by ``SerialBoot.flavour``: ``uart`` is the far end of the core's 16550 (rings in ``uart.ring``), ``virtio``
-is a virtio-console with one port (virtio 1.2, section 5.3). Behind either stands the same C loop (native/serial.h).
+Two flavours, by ``SerialBoot.flavour``: ``uart`` is the far end of the core's 16550 (rings in ``uart.ring``),
+``virtio`` is a virtio-console with one port (virtio 1.2, section 5.3). Behind either stands the same C loop
+(native/serial.h).
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ BACKENDS = {
 
 
 class SerialDevice(Device):
-    """Descriptors: ``console`` (a listening unix stream socket, optional), ``backend`` (unless the backend is none), and
-    ``uart.ring``, ``uart.tx``, ``uart.rx`` or ``kick.0``, ``kick.1``, ``call.0``, ``isr``.
+    """Descriptors: ``console`` (a listening unix stream socket, optional), ``backend`` (unless the backend is none),
+    and ``uart.ring``, ``uart.tx``, ``uart.rx`` or ``kick.0``, ``kick.1``, ``call.0``, ``isr``.
 
-    Raises ValueError for a Boot that names no flavour or backend of ours, KeyError for a missing descriptor, OSError for
-    one that is not what its label says.
+    Raises ValueError for a Boot that names no flavour or backend of ours, KeyError for a missing descriptor,
+    OSError for one that is not what its label says.
     """
 
     ffi, lib = ffi, lib
@@ -128,9 +129,7 @@ class SerialDevice(Device):
             vq = vqs[queue.index] = ffi.new("struct mc_vq *")
             vq.mem = self._mem
             vq.isr = ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr))
-            init_queue(
-                lib, vq, queue, features, kick_fd=self.fds[f"kick.{queue.index}"], call_fd=self.fds["call.0"]
-            )
+            init_queue(lib, vq, queue, features, kick_fd=self.fds[f"kick.{queue.index}"], call_fd=self.fds["call.0"])
         lib.mc_serial_attach(self._serial, vqs[RX], vqs[TX])
 
     def run(self) -> None:
@@ -160,7 +159,7 @@ class SerialDevice(Device):
             lib.mc_serial_emergency(self._serial, data[0])
 
     def stats(self) -> StatsReport:
-        """``guest_out``, ``guest_in``, ``skipped`` and ``file_*`` are bytes; ``skipped`` sums what slow readers missed."""
+        """``guest_out``, ``guest_in``, ``file_written`` and ``skipped`` (what slow readers lost) are bytes."""
         from motorcade.proto.messages import Counter, StatsReport
 
         s = self._stats()

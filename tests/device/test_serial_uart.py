@@ -7,10 +7,12 @@ import re
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from harness.console import read_exactly, read_until, uart_sidecar
 from harness.sidecar import SidecarGone
 from harness.uart_ring import RX_SIZE, TX_SIZE
@@ -134,7 +136,7 @@ def test_input_of_several_clients_arrives_whole(short: Path) -> None:
 
 
 def test_input_back_pressure(short: Path) -> None:
-    """A guest that does not read: its ring and one staging buffer fill, then the client's socket, and nothing is lost."""
+    """A guest that does not read: ring and staging buffer fill, then the client's socket, and nothing is lost."""
     data = pattern(1 << 20)
     with uart_sidecar(short) as (sidecar, ring), sidecar.client() as client:
         client.setblocking(False)
@@ -311,12 +313,11 @@ def test_last_words_reach_clients_before_the_end(short: Path) -> None:
         sidecar.wait_counter("clients", 1)
         words = pattern(300000) + b"reboot: Power down\r\n"
         ring.print(words[:250000])
+        ring.drained()
         # No signal for the rest, nor for a client in the backlog: they are found by the last look.
         rest = words[250000:]
         assert ring.put(rest) == len(rest)
         with sidecar.client() as late:
-            import threading
-
             got: list[bytes] = []
             reader = threading.Thread(target=lambda: got.append(read_exactly(client.fileno(), len(words))))
             reader.start()

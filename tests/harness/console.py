@@ -75,8 +75,9 @@ class SerialSidecar(Sidecar):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        sock.settimeout(TIMEOUT)
+        # With a timeout set a full backlog would be an error instead of a wait.
         sock.connect(str(self.console_path))
+        sock.settimeout(TIMEOUT)
         return sock
 
     def counter(self, name: str) -> int:
@@ -93,8 +94,7 @@ class SerialSidecar(Sidecar):
     def close(self) -> None:
         """Also the listening socket."""
         super().close()
-        with contextlib.suppress(OSError):
-            self._console.close()
+        self._console.close()
 
 
 @contextlib.contextmanager
