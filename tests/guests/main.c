@@ -155,6 +155,16 @@ static void do_pio(const char *arg)
 	put('\n');
 }
 
+/* out=PORT:VALUE, a byte. Powers off by out=1540:52, resets by out=100:254 (core/pm.py) */
+static void do_out(const char *arg)
+{
+	uint16_t port = 0;
+
+	for (; *arg != ':'; arg++)
+		port = port * 10 + (*arg - '0');
+	outb(port, number(arg + 1));
+}
+
 static void do_slot(const char *arg)
 {
 	slot = number(arg);
@@ -294,7 +304,7 @@ static const struct { const char *name; void (*run)(const char *arg); } words[] 
 	{ "echo", do_echo }, { "echoirq", do_echoirq }, { "txirq", do_txirq }, { "pio", do_pio }, { "slot", do_slot },
 	{ "peek", do_peek }, { "poke", do_poke }, { "wide", do_wide }, { "irq", do_irq }, { "await", do_await },
 	{ "isr", do_isr }, { "kicks", do_kicks }, { "fault", do_fault }, { "bad", do_bad }, { "smp", do_smp },
-	{ "cpuid", do_cpuid_word },
+	{ "cpuid", do_cpuid_word }, { "out", do_out },
 };
 
 static const char *match(const char *word, const char *name)
