@@ -22,17 +22,16 @@ def cache_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """The state directory of this user's one box on this host, below the run directory.
+    """The state directory of this user's one box on this host: ``$MOTORCADE_BOX_DIR``, or beside the VMs'.
 
-    The name starts with a dot because a virtual machine's name cannot: the two never collide.
+    $MOTORCADE_RUN_DIR does not move it: another set of VMs may well share the box. The name starts with a
+    dot because a virtual machine's name cannot, so that the two never collide.
     """
-    if configured := os.environ.get("MOTORCADE_RUN_DIR"):
-        base = Path(configured)
-    elif os.geteuid() == 0:
-        base = Path("/run/motorcade")
-    else:
-        base = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}") / "motorcade"
-    return base / ".box"
+    if configured := os.environ.get("MOTORCADE_BOX_DIR"):
+        return Path(configured).absolute()
+    if os.geteuid() == 0:
+        return Path("/run/motorcade/.box")
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}") / "motorcade" / ".box"
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ from motorcade.orchestrator.box.vm import Box, BoxError, find_box
 
 CARRIED = ("CI", "COLUMNS", "HOME", "LANG", "LINES", "PATH", "TERM", "TZ", "USER", "VIRTUAL_ENV")
 CARRIED_PREFIXES = ("LC_", "MOTORCADE_", "PYTHON", "PYTEST_", "HYPOTHESIS_")
-NOT_CARRIED = ("MOTORCADE_RUN_DIR",)
-"""Names a place on the host; the box has its own."""
+NOT_CARRIED = ("MOTORCADE_RUN_DIR", "MOTORCADE_BOX_DIR")
+"""They name places on the host; the box has its own."""
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 

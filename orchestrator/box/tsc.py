@@ -44,7 +44,7 @@ def tsc_khz() -> int | None:
     ticks, begun = sample()
     time.sleep(_INTERVAL)
     later_ticks, ended = sample()
-    del anchor, read  # exports of the mapping, which close() would refuse to take away
+    del anchor  # an export of the mapping: close() would refuse
     code.close()
     return round((later_ticks - ticks) * 1_000_000 / (ended - begun))
 

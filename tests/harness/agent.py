@@ -49,9 +49,7 @@ class Agent:
         mark = b"%d-%d" % (id(self) % 9973, self._commands)
         self.sock.settimeout(timeout)
         self.sock.sendall(mark + b" " + command.encode() + b"\n")
-        found = self.expect(
-            rb"\nagent: begin " + mark + rb"\r?\n(.*?)\nagent: end " + mark + rb" (\d+)\r?\n", timeout
-        )
+        found = self.expect(rb"\nagent: begin " + mark + rb"\r?\n(.*?)\nagent: end " + mark + rb" (\d+)\r?\n", timeout)
         return Result(int(found[2]), found[1].decode(errors="replace").replace("\r\n", "\n").removesuffix("\r"))
 
     def check(self, command: str, timeout: float = 60.0) -> str:
