@@ -63,21 +63,12 @@ def _tap_error(ifname: str, queues: int, error: int, step: int) -> str:
             return "in use by another process"
         if error == EPERM:
             return "not permitted: it belongs to another user (make it with 'user NAME', or run as root)"
-        flags = _tun_flags(ifname)
-        if error == EINVAL and flags is None:
+        if error == EINVAL:
             return "an interface, but not a tap"
-        if error == EINVAL and queues > 1:
-            return f"made for one queue, not for {queues} (ip tuntap add ... multi_queue)"
         return os.strerror(error)
+    if step == lib.MC_TAP_ONE_QUEUE:
+        return f"made for one queue, not for {queues} (ip tuntap add {ifname} mode tap multi_queue)"
     return f"no virtio headers: {os.strerror(error)}"
-
-
-def _tun_flags(ifname: str) -> str | None:
-    """``/sys/class/net/IFNAME/tun_flags``; None where the interface is not of the tun driver."""
-    try:
-        return (Path("/sys/class/net") / ifname / "tun_flags").read_text()
-    except OSError:
-        return None
 
 
 def link(path: str) -> int:
@@ -129,7 +120,13 @@ class Forward:
         if not match or not all(0 < int(port) < 65536 for port in match.groups()[2:]):
             raise UserError(f"forward {rule!r} is not [udp:][ADDRESS:]HOSTPORT:GUESTPORT")
         protocol, address, host, guest = match.groups()
-        return cls(protocol or "tcp", (address or "").strip("[]"), int(host), int(guest))
+        address = (address or "").strip("[]")
+        try:
+            if address:
+                socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+        except OSError:
+            raise UserError(f"forward {rule!r}: {address} is not an address") from None
+        return cls(protocol or "tcp", address, int(host), int(guest))
 
     @property
     def option(self) -> list[str]:

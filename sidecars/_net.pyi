@@ -12,6 +12,7 @@ class _Lib:
     MC_NET_LINK: int
     MC_TAP_OPEN_TUN: int
     MC_TAP_SETIFF: int
+    MC_TAP_ONE_QUEUE: int
     MC_TAP_HEADER: int
     VIRTIO_NET_F_CSUM: int
     VIRTIO_NET_F_GUEST_CSUM: int

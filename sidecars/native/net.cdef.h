@@ -61,6 +61,6 @@ const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index);
 int mc_net_run(struct mc_net *net);
 void mc_net_stop(struct mc_net *net);
 void mc_net_reset(struct mc_net *net);
-enum mc_tap_step { MC_TAP_OPEN_TUN, MC_TAP_SETIFF, MC_TAP_HEADER, ... };
+enum mc_tap_step { MC_TAP_OPEN_TUN, MC_TAP_SETIFF, MC_TAP_ONE_QUEUE, MC_TAP_HEADER, ... };
 int mc_tap_open(const char *ifname, uint16_t queues, int *fds, int *step);
 int mc_pcap_check(int fd);

@@ -96,9 +96,10 @@ void mc_net_reset(struct mc_net *net);
 
 /*
  * For the supervisor. mc_tap_open() opens `queues` queues of an existing tap into fds, non-blocking and CLOEXEC, with
- * virtio headers of 12 bytes. Returns 0 or -errno; *step tells which step failed.
+ * virtio headers of 12 bytes. Returns 0 or -errno; *step tells which step failed (ONE_QUEUE: it is a tap, but not for
+ * several).
  */
-enum mc_tap_step { MC_TAP_OPEN_TUN = 1, MC_TAP_SETIFF, MC_TAP_HEADER };
+enum mc_tap_step { MC_TAP_OPEN_TUN = 1, MC_TAP_SETIFF, MC_TAP_ONE_QUEUE, MC_TAP_HEADER };
 int mc_tap_open(const char *ifname, uint16_t queues, int *fds, int *step);
 
 /* 1: fd holds a pcap file as we write it, or is empty; 0: it is something else; -errno. */

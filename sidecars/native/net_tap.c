@@ -80,8 +80,14 @@ int mc_tap_open(const char *ifname, uint16_t queues, int *fds, int *step)
 		/* A tap is made for one queue or for several, and has to be opened as it was made. */
 		*step = MC_TAP_SETIFF;
 		err = tap_setiff(fds[opened], ifname, queues > 1 ? IFF_MULTI_QUEUE : 0);
-		if (err == -EINVAL && queues == 1)
+		if (err == -EINVAL && queues == 1) {
 			err = tap_setiff(fds[opened], ifname, IFF_MULTI_QUEUE);
+		} else if (err == -EINVAL) {
+			int one = tap_setiff(fds[opened], ifname, 0);
+
+			if (one == 0 || one == -EBUSY)
+				*step = MC_TAP_ONE_QUEUE;
+		}
 		if (!err) {
 			*step = MC_TAP_HEADER;
 			err = ioctl(fds[opened], TUNSETVNETHDRSZ, &size) < 0 ? -errno : 0;

@@ -36,8 +36,8 @@ def pair(tmp_path: Path) -> Iterator[tuple[Nic, Nic]]:
         yield a, b
 
 
-def up(a: Nic, b: Nic, **options: int) -> None:
-    a.up(**options)
+def up(a: Nic, b: Nic, *, without: int = 0, buffers: int = 128) -> None:
+    a.up(without=without, buffers=buffers)
     b.up()
     a.wait_link(True)
     b.wait_link(True)

@@ -16,7 +16,7 @@ def checksum(data: bytes, start: int = 0) -> int:
     """RFC 1071; 0 over data that contains its own valid checksum."""
     if len(data) % 2:
         data += b"\0"
-    total = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

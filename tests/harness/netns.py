@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import socket
+import socket as sockets
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,16 +51,16 @@ class NetNs:
         self.ip("addr", "add", address, "dev", name)
         self.ip("link", "set", name, "up")
 
-    def socket(self, *args: int) -> socket.socket:
+    def socket(self, *args: int) -> sockets.socket:
         """A socket inside; the caller closes it."""
-        sock = self.call(socket.socket, *args)
+        sock = self.call(sockets.socket, *args)
         sock.settimeout(20)
         return sock
 
-    def packets(self, name: str = "t0") -> socket.socket:
+    def packets(self, name: str = "t0") -> sockets.socket:
         """A packet socket on an interface: every frame, whole."""
-        sock = self.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+        sock = self.socket(sockets.AF_PACKET, sockets.SOCK_RAW, sockets.htons(ETH_P_ALL))
+        sock.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 8 << 20)
         sock.bind((name, ETH_P_ALL))
         return sock
 
