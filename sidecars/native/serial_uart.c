@@ -5,9 +5,11 @@
  * character. So after output the loop does not fall asleep at once: it looks again a millisecond later, with no
  * wake-up asked for, and sleeps once a look found nothing.
  */
+#define _GNU_SOURCE
 #include "serial.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -124,9 +126,12 @@ int mc_uart_init(struct mc_serial *s)
 	struct mc_uart *u = &s->uart;
 	struct stat st;
 
-	/* Behind the end of a memfd there is SIGBUS. */
-	if (fstat(s->cfg.ring_fd, &st))
+	/* Behind the end of a memfd there is SIGBUS, so nobody may be able to move the end. */
+	int seals = fcntl(s->cfg.ring_fd, F_GET_SEALS);
+	if (seals < 0 || fstat(s->cfg.ring_fd, &st))
 		return errno;
+	if (!(seals & F_SEAL_SHRINK))
+		return EPERM;
 	if (st.st_size < (off_t)sizeof(struct mc_uart_ring))
 		return EINVAL;
 	void *p = mmap(NULL, sizeof(struct mc_uart_ring), PROT_READ | PROT_WRITE, MAP_SHARED, s->cfg.ring_fd, 0);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import socket
@@ -10,12 +9,13 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from harness.console import read_exactly, read_until, uart_sidecar
+from harness.console import SerialSidecar, read_exactly, read_until, uart_sidecar
 from harness.sidecar import SidecarGone
-from harness.uart_ring import RX_SIZE, TX_SIZE
+from harness.uart_ring import RX_SIZE, TX_SIZE, UartRing
 
 
 @pytest.fixture
@@ -248,9 +248,6 @@ def test_positions_wrap(short: Path, start: tuple[int, int]) -> None:
 
 def test_replacement_goes_on_where_the_dead_one_stopped(short: Path) -> None:
     """The positions are in the shared ring: kill -9, and the next sidecar takes the next byte."""
-    from harness.console import SerialSidecar
-    from harness.uart_ring import UartRing
-
     with UartRing() as ring:
         with SerialSidecar(short / "a.sock", ring=ring) as first, first.client() as client:
             ring.print(b"before ")
@@ -343,11 +340,9 @@ def test_reset_keeps_consoles(short: Path) -> None:
         assert read_exactly(client.fileno(), 7) == b"one two"
 
 
-def test_ring_that_is_too_small_is_refused(short: Path) -> None:
-    from harness.console import SerialSidecar
-    from harness.uart_ring import UartRing
-
-    with UartRing() as ring:
-        os.ftruncate(ring.fd, 4096)
-        with pytest.raises(SidecarGone, match="Invalid argument"):
-            SerialSidecar(short / "c.sock", ring=ring).close()
+@pytest.mark.parametrize(
+    ("options", "why"), [({"size": 4096}, "Invalid argument"), ({"sealed": False}, "Operation not permitted")]
+)
+def test_ring_that_could_end_in_sigbus_is_refused(short: Path, options: dict[str, Any], why: str) -> None:
+    with UartRing(**options) as ring, pytest.raises(SidecarGone, match=why):
+        SerialSidecar(short / "c.sock", ring=ring).close()

@@ -6,6 +6,7 @@ be written raw, as a broken core would.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import select
@@ -28,10 +29,12 @@ _HEAD, _TAIL, _ASLEEP, _WAITING = (
 class UartRing:
     """Owns the ring's memfd and the two eventfds."""
 
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("uart", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, SIZE)
-        self._map = mmap.mmap(self.fd, SIZE)
+    def __init__(self, *, size: int = SIZE, sealed: bool = True) -> None:
+        self.fd = os.memfd_create("uart", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, size)
+        if sealed:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self._map = mmap.mmap(self.fd, size)
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         self.tx_event, self.rx_event = os.eventfd(0, flags), os.eventfd(0, flags)
         self.tx_head = self.rx_tail = 0
