@@ -34,7 +34,7 @@ struct mc_blk_params {
 };
 struct mc_blk_counters {
 	uint64_t reads, writes, flushes, discards, write_zeroes, refused, io_errors, last_error, last_error_type,
-		last_error_offset, bounced, copied, overlay_blocks, wakeups;
+		last_error_offset, bounced, copied, overlay_blocks, syncs, wakeups;
 	...;
 };
 struct virtio_blk_config {

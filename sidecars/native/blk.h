@@ -52,6 +52,7 @@ struct mc_blk_counters {
 	uint64_t bounced;		/* transfers through a bounce buffer */
 	uint64_t copied;		/* overlay blocks copied up from the base */
 	uint64_t overlay_blocks;	/* that hold data now */
+	uint64_t syncs;			/* rounds of fdatasync */
 	uint64_t wakeups;		/* of the data thread */
 };
 

@@ -165,6 +165,7 @@ static void begin(struct mc_blk *b)
 
 	f->running = true;
 	f->error = 0;
+	b->counters.syncs++;
 	f->current = f->waiting;
 	f->waiting = (struct blk_list){0};
 	if (blk_has_overlay(b)) {

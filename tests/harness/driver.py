@@ -75,7 +75,7 @@ class Request:
     descriptors: list[int]
     out: list[tuple[int, int]]  # (gpa, size) of the device-readable buffers
     into: list[tuple[int, int]]  # ... of the device-writable ones
-    table: tuple[int, int] | None = None  # an indirect table
+    owned: list[tuple[int, int]] = field(default_factory=list)  # what goes back to the allocator at completion
     done: bool = False
     written: int = 0  # used.len
     data: list[bytes] = field(default_factory=list)  # what the writable buffers held at completion
@@ -180,7 +180,9 @@ class Queue:
             memory.map.write(gpa, data)
         for gpa, n in ins:
             memory.map.write(gpa, b"\xa5" * n)  # so that a buffer that was never written shows
-        return self.submit_at(outs, ins, indirect=indirect, publish=publish)
+        request = self.submit_at(outs, ins, indirect=indirect, publish=publish)
+        request.owned += outs + ins
+        return request
 
     def submit_at(
         self,
@@ -190,7 +192,7 @@ class Queue:
         indirect: bool | None = None,
         publish: bool = True,
     ) -> Request:
-        """Like ``submit``, of buffers already in guest memory, as (gpa, size)."""
+        """Like ``submit``, of buffers of the caller's in guest memory, as (gpa, size)."""
         parts = [(gpa, n, 0) for gpa, n in out] + [(gpa, n, DESC_F_WRITE) for gpa, n in into]
         table = None
         if self.indirect if indirect is None else indirect:
@@ -207,7 +209,7 @@ class Queue:
         for k, (gpa, n, flags) in enumerate(parts):
             more = k + 1 < len(parts)
             self.write_desc(ids[k], gpa, n, flags | (DESC_F_NEXT if more else 0), ids[k + 1] if more else 0)
-        request = Request(ids[0], ids, list(out), list(into), table)
+        request = Request(ids[0], ids, list(out), list(into), [table] if table else [])
         self.in_flight[request.head] = request
         self.put_avail(request.head)
         if publish:
@@ -242,7 +244,7 @@ class Queue:
             assert written <= sum(n for _, n in request.into), f"used.len {written} is more than was writable"
             request.done, request.written = True, written
             request.data = [self.memory.map.read(gpa, n) for gpa, n in request.into]
-            for gpa, n in [*request.out, *request.into, *([request.table] if request.table else [])]:
+            for gpa, n in request.owned:
                 self.memory.free(gpa, n)
             self._free += request.descriptors
             found.append(request)

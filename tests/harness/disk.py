@@ -1,0 +1,167 @@
+"""A disk under test: the blk sidecar with a driver that speaks block requests (virtio 1.2, section 5.2.6)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from harness.driver import Queue, Request
+from harness.sidecar import Sidecar
+from motorcade.proto.messages import BlkBoot
+from motorcade.sidecars.blk import overlay
+
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+OK, IOERR, UNSUPP = 0, 1, 2
+SECTOR = 512
+UNMAP = 1
+F_RO, F_BLK_SIZE, F_FLUSH, F_CONFIG_WCE, F_MQ, F_DISCARD, F_WRITE_ZEROES = (1 << n for n in (5, 6, 9, 11, 12, 13, 14))
+CONFIG_WCE = 32  # offset in configuration space
+ENGINES = ("io_uring", "sync")
+
+_HEADER = struct.Struct("<IIQ")
+_RANGE = struct.Struct("<QII")
+
+
+def header(kind: int, sector: int = 0) -> bytes:
+    """The device-readable start of a request."""
+    return _HEADER.pack(kind, 0, sector)
+
+
+def extent(sector: int, count: int, flags: int = 0) -> bytes:
+    """A segment of DISCARD or WRITE_ZEROES."""
+    return _RANGE.pack(sector, count, flags)
+
+
+class Driver:
+    """Block requests on one queue, one at a time or many. Offsets and sizes in bytes, multiples of 512."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+
+    def submit_read(self, offset: int, size: int) -> Request:
+        """Makes a read available, without a kick."""
+        return self.queue.submit([header(IN, offset // SECTOR)], [size, 1])
+
+    def submit_write(self, offset: int, data: bytes) -> Request:
+        """Makes a write available, without a kick."""
+        return self.queue.submit([header(OUT, offset // SECTOR), data], [1])
+
+    def read(self, offset: int, size: int) -> bytes:
+        """What the disk holds; AssertionError when it says anything but OK."""
+        request = self.queue.run([header(IN, offset // SECTOR)], [size, 1])
+        assert request.status == OK, f"read of {size} at {offset}: status {request.status}"
+        assert request.written == size + 1
+        return request.data[0]
+
+    def write(self, offset: int, data: bytes) -> int:
+        """Writes; returns the status."""
+        return self.queue.run([header(OUT, offset // SECTOR), data], [1]).status
+
+    def flush(self) -> int:
+        """FLUSH; returns the status."""
+        return self.queue.run([header(FLUSH)], [1]).status
+
+    def discard(self, offset: int, size: int, flags: int = 0) -> int:
+        """DISCARD; returns the status."""
+        return self.queue.run([header(DISCARD), extent(offset // SECTOR, size // SECTOR, flags)], [1]).status
+
+    def write_zeroes(self, offset: int, size: int, flags: int = 0) -> int:
+        """WRITE_ZEROES; returns the status."""
+        return self.queue.run([header(WRITE_ZEROES), extent(offset // SECTOR, size // SECTOR, flags)], [1]).status
+
+    def run_all(self, requests: Sequence[Request]) -> None:
+        """Kicks and waits until all of these, made available before, are done. AssertionError unless all are OK."""
+        self.queue.kick()
+        while not all(r.done for r in requests):
+            self.queue.wait(1)
+        bad = [r.status for r in requests if r.status != OK]
+        assert not bad, f"statuses {bad}"
+
+
+class Disk(Sidecar):
+    """A blk sidecar on ``path``, with ``overlay`` over it if one is given, which is made if it does not exist."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        overlay_path: Path | None = None,
+        readonly: bool = False,
+        direct: bool = False,
+        queues: int = 1,
+        discard: bool = True,
+        engine: str = "auto",
+        serial: str = "serial-number",
+        cold: bool = False,
+        wait: bool = True,
+    ) -> None:
+        flags = os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        mode = os.O_RDONLY if readonly or overlay_path else os.O_RDWR
+        fds = {"disk": os.open(path, mode | flags)}
+        try:
+            if overlay_path:
+                if not overlay_path.exists():
+                    overlay.create(overlay_path, fds["disk"])
+                fds["overlay"] = os.open(overlay_path, os.O_RDWR | flags)
+            role = BlkBoot(
+                device_id="disk0",
+                path=str(path)[-100:],
+                readonly=readonly,
+                direct=direct,
+                overlay=overlay_path is not None,
+                serial=serial,
+                queues=queues,
+                discard=discard,
+                io_engine=engine,
+            )
+            super().__init__("blk", role, fds, queues=queues, cold=cold, wait=wait)
+        finally:
+            for fd in fds.values():
+                os.close(fd)
+
+    def driver(self, **kwargs: bool | int) -> Driver:
+        """Queue 0, activated."""
+        return Driver(self.start(**kwargs)[0])  # type: ignore[arg-type]
+
+    def counter(self, name: str) -> int:
+        """One of the kind's own counters."""
+        return {c.name: c.value for c in self.stats().detail}[name]
+
+
+def pattern(size: int, seed: int = 1) -> bytes:
+    """Bytes of which each sector is different and says where it came from."""
+    return b"".join(struct.pack("<QQ", seed, n) * 32 for n in range(size // SECTOR))
+
+
+FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1
+FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 1, 6
+SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 430, 431, 432  # the same on every architecture
+
+
+@contextlib.contextmanager
+def small_tmpfs(size: int) -> Iterator[Path]:
+    """A tmpfs of ``size`` bytes that is mounted nowhere, so that it is gone however the test ends. Needs root."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(number: int, *args: object) -> int:
+        result: int = libc.syscall(number, *args)
+        if result < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return result
+
+    context = call(SYS_FSOPEN, b"tmpfs", FSOPEN_CLOEXEC)
+    try:
+        call(SYS_FSCONFIG, context, FSCONFIG_SET_STRING, b"size", str(size).encode(), 0)
+        call(SYS_FSCONFIG, context, FSCONFIG_CMD_CREATE, None, None, 0)
+        mount = call(SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, 0)
+    finally:
+        os.close(context)
+    try:
+        yield Path(f"/proc/self/fd/{mount}")
+    finally:
+        os.close(mount)
