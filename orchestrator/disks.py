@@ -78,11 +78,17 @@ def _open_overlay(disk: Disk, base: int, fds: list[int]) -> int:
     from motorcade.sidecars.blk import overlay
 
     path = str(disk.overlay)
-    if not Path(path).exists():
-        overlay.create(path, disk.path)
-    fd, _ = _open(disk, path, True)
-    fds.append(fd)
-    _lock(fd, disk, path, exclusive=True)
+    try:
+        if not Path(path).exists():
+            overlay.create(path, base)
+        fd, _ = _open(disk, path, True)
+        fds.append(fd)
+        _lock(fd, disk, path, exclusive=True)
+        overlay.open_pair(fd, base)  # the sidecar looks, too; here it is said before anything has started
+    except overlay.OverlayError as e:
+        raise UserError(f"disk {disk.id}: overlay {path} over {disk.path}: {e}") from None
+    except OSError as e:
+        raise UserError(f"disk {disk.id}: overlay {path}: {e.strerror}") from None
     return fd
 
 

@@ -4,8 +4,8 @@ It is also the tie between the two: while vmmctl has not said ``detach``, the en
 vmmctl ends. From the supervisor come, as ``{"event": ...}``:
 
 - ``progress``: ``text``, what is being done
-- ``started``: ``processes``, as in state.json
-- ``running``: ``console``, the socket to attach to, or null
+- ``started``: ``processes``, as in state.json; ``console``, the socket to attach to (it listens already), or null
+- ``running``: the guest runs
 - ``sidecar-died``: ``role``, ``reason``; the VM goes on
 - ``failed``: ``message``, ``status``; the VM did not come to run
 - ``ended``: ``status``, ``reason``, ``detail``

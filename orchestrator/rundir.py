@@ -157,8 +157,9 @@ class RunDir:
             shutil.rmtree(path, ignore_errors=True)  # another VM's end may be removing it too
 
     def release(self) -> None:
-        """Keeps the record, removes the directory and lets go of the lock."""
-        self._keep_record()
+        """Keeps the record if there is a state, removes the directory and lets go of the lock."""
+        if (self.path / "state.json").exists():
+            self._keep_record()
         # The lock's file goes last, and the lock itself after it: until then nobody else starts in here.
         for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():

@@ -99,7 +99,9 @@ class Supervisor:
         self.core = self.fork("core", "", self.mains["core"])
         self.deadline = (time.monotonic() + START_TIMEOUT, self.start_timed_out)
         self.write_state()
-        lifeline.send(self.line, event="started", processes=self.processes())
+        console = self.console()
+        path = str(self.run_dir.path / f"console-{console}.sock") if console else None
+        lifeline.send(self.line, event="started", processes=self.processes(), console=path)
 
     def fork(self, role: str, device_id: str, main: Main) -> Child:
         """A child, watched."""
@@ -257,9 +259,7 @@ class Supervisor:
             child.state = "running" if child.alive else child.state
         log.info("running, %d ms after the start", (time.time() - self.started) * 1000)
         self.write_state()
-        console = self.console()
-        path = str(self.run_dir.path / f"console-{console}.sock") if console else None
-        lifeline.send(self.line, event="running", console=path)
+        lifeline.send(self.line, event="running")
 
     def on_exit(self, child: Child) -> None:
         """A child is gone."""
@@ -277,7 +277,7 @@ class Supervisor:
             self.on_core_gone(why)
         elif self.status == "starting":
             self.fail(UserError(f"{child.role} {'failed' if child.failure else 'ended'}: {child.failure or how}"))
-        elif self.status == "running":
+        else:
             self.on_sidecar_died(child, why)
         self.write_state()
 
@@ -300,10 +300,14 @@ class Supervisor:
         self.stop_by(END_TIMEOUT)
 
     def on_sidecar_died(self, child: Child, why: str) -> None:
-        """The VM goes on without that device."""
+        """The VM goes on without that device; or it is ending, and the core waits for its sidecars to be gone."""
         assert self.core is not None
-        boot.send_life(self.core.link, schema.SidecarDied(child.device_id, why[:4000]))
-        lifeline.send(self.line, event="sidecar-died", role=child.role, reason=why)
+        if self.core.alive:
+            boot.send_life(self.core.link, schema.SidecarDied(child.device_id, why[:4000]))
+        # Status 0 is that of a sidecar which was asked to end: by the core, whose own end is about to follow, or by a
+        # SIGTERM of somebody who knows.
+        if self.status == "running" and child.state != "exited with status 0":
+            lifeline.send(self.line, event="sidecar-died", role=child.role, reason=why)
 
     def on_helper_exit(self, helper: Helper) -> None:
         """passt, for one, is gone: its NIC's sidecar sees the end of the stream, and the guest a link that is down."""

@@ -41,10 +41,9 @@ class Foreground:
             signal.signal(number, self._on_signal)
         try:
             try:
-                running = self._await_running()
-                if self.detach:
-                    return self._leave()
-                return self._stay(running.get("console"))
+                # In the foreground the console is joined before the guest's first word; the start goes on meanwhile.
+                started = self._await("running" if self.detach else "started")
+                return self._leave() if self.detach else self._stay(started["console"])
             except _Signalled:
                 return self._power_off()
         finally:
@@ -69,11 +68,15 @@ class Foreground:
             raise UserError(message["message"], message["status"])
         return message
 
+    def _is_alive(self) -> bool:
+        """Whether the supervisor still runs."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
     def _reap(self) -> None:
         os.waitpid(self.pid, 0)
 
-    def _await_running(self) -> dict[str, Any]:
-        """The start, with a word about each step that takes long."""
+    def _await(self, event: str) -> dict[str, Any]:
+        """The start, up to this event, with a word about each step that takes long."""
         step, shown, since = "starting", "", time.monotonic()
         while True:
             message = self._receive(_SLOW)
@@ -83,14 +86,16 @@ class Foreground:
                     shown = step
             elif message["event"] == "progress":
                 step = message["text"]
-            elif message["event"] == "started":
-                step, self.processes = "booting the processes", message["processes"]
-            elif message["event"] == "running":
-                if time.monotonic() - since > _SLOW and shown:
-                    tell(f"{self.name}: running after {time.monotonic() - since:.1f} s")
-                return message
             elif message["event"] == "ended":
+                self._reap()
                 raise UserError(f"{self.name} ended while it started: {message['reason']}: {message['detail']}")
+            else:
+                if message["event"] == "started":
+                    step, self.processes = "waiting for the processes", message["processes"]
+                if message["event"] == event:
+                    if shown:
+                        tell(f"{self.name}: {event} after {time.monotonic() - since:.1f} s")
+                    return message
 
     def _leave(self) -> int:
         """The VM goes on without us."""
@@ -107,8 +112,12 @@ class Foreground:
             from motorcade.orchestrator.console import LEFT, attach
 
             stdin = 0 if self.tty or not os.isatty(0) else None  # a terminal behind a redirected output is not ours
-            if attach(console, stdin=stdin, stdout=1) == LEFT:
-                return self._leave()
+            try:
+                if attach(console, stdin=stdin, stdout=1) == LEFT:
+                    return self._leave()
+            except UserError as e:
+                if self._is_alive():
+                    tell(str(e))  # and go on without; else the next message says why there is none
         return self._await_end()
 
     def _show_processes(self) -> None:
