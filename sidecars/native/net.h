@@ -5,11 +5,17 @@
  * is copied here, checked, and copied on. A frame is copied whole only where that cannot be: passt's byte stream, a
  * link to a guest without offloads, and a packet for which the guest has too few buffers just now.
  *
- *   net.c        life cycle and the loop         net_tap.c    tap ioctls
- *   net_rx.c     backend to guest                net_stream.c passt: 4-byte length, then the frame, over a byte stream
- *   net_tx.c     guest to backend                net_link.c   another VM's net sidecar: who listens, who connects
- *   net_ctrl.c   the control queue               net_gso.c    checksums and segmentation for guests that cannot
- *   net_hdr.c    checks of virtio_net_hdr        net_pcap.c   capture
+ *   net.c         life cycle
+ *   net_loop.c    epoll, and whose turn it is
+ *   net_rx.c      backend to guest
+ *   net_tx.c      guest to backend
+ *   net_ctrl.c    the control queue
+ *   net_hdr.c     checks of virtio_net_hdr
+ *   net_tap.c     tap ioctls
+ *   net_stream.c  passt: frames behind their length on a byte stream
+ *   net_link.c    another VM's net sidecar: who listens, who connects
+ *   net_gso.c     checksums and segmentation for guests that take no others
+ *   net_pcap.c    capture
  */
 #ifndef MC_NET_H
 #define MC_NET_H

@@ -77,7 +77,7 @@ struct net_pair {
 	enum rx_state rx_state;
 	enum tx_state tx_state;
 	int fd;				/* backend; -1: none */
-	uint32_t events;		/* that epoll has for fd; ~0: not in the set */
+	uint32_t events;		/* that epoll has for fd; 0: not in the set */
 
 	/* Popped rx chains, oldest first: a ring of bufs, whose iovecs lie one after the other in iov[iov_first..]. */
 	struct rx_buf bufs[MC_MAX_QUEUE_SIZE];
@@ -144,13 +144,15 @@ void net_event(struct mc_net *net);			/* wakes the main thread */
 void net_queue_broken(struct mc_net *net, struct mc_vq *vq);
 void net_set_link(struct mc_net *net, bool up);
 void net_backend_lost(struct mc_net *net, int error);	/* no more I/O on the backend; the link is down */
-int net_poll(struct mc_net *net, int fd, enum net_tag tag, uint16_t index, uint32_t events);
-void net_unpoll(struct mc_net *net, int fd);
-void net_pair_poll(struct mc_net *net, struct net_pair *p);	/* epoll follows rx_state and tx_state */
 int net_set_pairs(struct mc_net *net, uint16_t n);	/* 0 or -errno */
 int net_set_offloads(struct mc_net *net, uint64_t guest);	/* 0 or -errno */
 void net_rx_start(struct net_pair *p);			/* RX_READY, if there is a queue and a backend */
 void net_capture(struct mc_net *net, const struct iovec *iov, uint32_t n, size_t skip, size_t len);
+
+/* net_loop.c */
+int net_poll(struct mc_net *net, int fd, enum net_tag tag, uint16_t index, uint32_t events);
+void net_unpoll(struct mc_net *net, int fd);
+void net_pair_poll(struct mc_net *net, struct net_pair *p);	/* epoll follows rx_state and tx_state */
 
 /* net_rx.c */
 void net_rx_run(struct mc_net *net, struct net_pair *p);

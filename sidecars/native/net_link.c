@@ -94,8 +94,7 @@ static void link_hang_up(struct mc_net *net)
 {
 	struct net_pair *p = &net->pairs[0];
 
-	if (p->fd >= 0)
-		p->fd = -1;
+	p->fd = -1;
 	p->events = 0;
 	p->rx_state = RX_OFF;
 	if (p->tx_state == TX_BLOCKED)
@@ -232,7 +231,12 @@ static void link_greeted(struct mc_net *net)
 {
 	struct net_pair *p = &net->pairs[0];
 	struct greeting g;
-	ssize_t n = recv(net->link.fd, &g, sizeof(g), MSG_DONTWAIT | MSG_TRUNC);
+	ssize_t n;
+
+	/* An event of a socket that an earlier event of the same round closed. */
+	if (net->link.fd < 0)
+		return;
+	n = recv(net->link.fd, &g, sizeof(g), MSG_DONTWAIT | MSG_TRUNC);
 
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return;
