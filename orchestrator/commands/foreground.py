@@ -34,6 +34,7 @@ class Foreground:
         self.name, self.pid, self.line, self.detach = name, pid, line, detach
         self.tty = os.isatty(0) and os.isatty(1)
         self.processes: list[dict[str, Any]] = []
+        self.is_running = False
 
     def run(self) -> int:
         """Until the VM ends, or is left. vmmctl's exit status; UserError where the VM did not come to run."""
@@ -63,6 +64,7 @@ class Foreground:
         if message is None:
             message = {"event": "ended", "status": EXIT_ERROR, "reason": "supervisor-died",
                        "detail": f"see vmmctl logs {self.name}"}  # fmt: skip
+        self.is_running |= message["event"] == "running"
         if message["event"] == "failed":
             self._reap()
             raise UserError(message["message"], message["status"])
@@ -153,19 +155,26 @@ class Foreground:
         """After a signal: the power button; after another one, or in vain, the end at once."""
         from motorcade.orchestrator import rundir
         from motorcade.orchestrator.commands.down import Ending
+        from motorcade.orchestrator.qmpclient import QmpError
 
         tell(f"powering {self.name} off (once more ends it at once)")
         try:
+            if self.processes and not self.is_running:
+                self._await("running")  # in a moment; the guest's first words may have come before it
             vm = rundir.find(self.name)
-            if vm is not None and vm.alive and vm.state.get("pid") == self.pid and vm.status == "running":
+            if self.is_running and vm is not None and vm.alive:
                 ending = Ending(vm)
                 try:
                     ending.powerdown(POWERDOWN_TIMEOUT)
                 finally:
                     ending.close()
-        except (_Signalled, UserError) as e:
-            if isinstance(e, UserError):
-                tell(f"{e}")
+        except _Signalled:
+            tell(f"ending {self.name} at once")
+        except QmpError as e:  # the VM has just ended, or does not answer: its end is next either way
+            tell(str(e))
+        except UserError as e:  # it did not come to run
+            tell(str(e))
+            return e.status
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         # Has the supervisor end the VM if it still runs: the lifeline says that vmmctl is gone.
@@ -173,5 +182,5 @@ class Foreground:
         try:
             return self._await_end()
         except UserError as e:  # it had not come to run yet
-            tell(f"{e}")
+            tell(str(e))
             return e.status
