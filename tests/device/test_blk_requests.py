@@ -428,7 +428,7 @@ def test_file_cut_off_behind_its_back(disk: Disk, image: Path) -> None:
     assert request.status == IOERR
     assert disk.counter("io-errors") == 1
     assert d.read(0, 512) == pattern(512)
-    disk.wait_until(lambda: "failed" in disk.log_tail(), "a line in the log")
+    disk.wait_log("failed")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.driver import Queue, Request
+from harness.driver import Memory, Queue, Request
 from harness.sidecar import Sidecar
 from motorcade.proto.messages import BlkBoot
 from motorcade.sidecars.blk import overlay
@@ -95,6 +95,7 @@ class Disk(Sidecar):
         discard: bool = True,
         engine: str = "auto",
         serial: str = "serial-number",
+        memory: Memory | None = None,
         cold: bool = False,
         wait: bool = True,
     ) -> None:
@@ -117,7 +118,7 @@ class Disk(Sidecar):
                 discard=discard,
                 io_engine=engine,
             )
-            super().__init__("blk", role, fds, queues=queues, cold=cold, wait=wait)
+            super().__init__("blk", role, fds, queues=queues, memory=memory, cold=cold, wait=wait)
         finally:
             for fd in fds.values():
                 os.close(fd)

@@ -243,6 +243,14 @@ class Sidecar:
         lines = self.log_path.read_text(errors="replace").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
+    def wait_log(self, text: str, timeout: float = TIMEOUT) -> None:
+        """Waits for a line in the log. A sidecar that answers has logged what it saw before."""
+        deadline = time.monotonic() + timeout
+        while text not in self.log_path.read_text(errors="replace"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {text!r} in the log after {timeout} s\n{self.log_tail()}")
+            self.ask(m.Ping())
+
     def log_tail(self, size: int = 4000) -> str:
         """The end of its log, for messages."""
         return self.log_path.read_text(errors="replace")[-size:]
