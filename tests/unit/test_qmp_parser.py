@@ -100,6 +100,14 @@ def test_what_is_no_object_is_reported_once(junk: bytes) -> None:
     assert [type(item) for item in out] == [Bad, bytes]
 
 
+def test_a_refused_object_is_let_go_of_at_once() -> None:
+    splitter = Splitter(max_object=100)
+    assert list(splitter.feed(b'{"a": "' + b"x" * 80)) == []
+    assert splitter.pending == 87
+    assert [type(item) for item in splitter.feed(b"x" * 80)] == [Bad]
+    assert splitter.pending == 0
+
+
 def test_a_size_bound_holds_within_one_piece() -> None:
     splitter = Splitter(max_object=10)
     assert list(splitter.feed(b'{"a": 123}')) == [b'{"a": 123}']

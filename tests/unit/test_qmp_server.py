@@ -7,6 +7,7 @@ import json
 import logging
 import resource
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from harness.qmp import QmpClient, QmpHost, qmp_host
 from motorcade import __version__
 from motorcade.core.qmp import client as client_module
 from motorcade.core.qmp.machine import RunState
+
+PIECES = [
+    b'{"execute": "stop"}',
+    b'{"execute": "quit", "id": [1]}',
+    b'{"execute": "x-motorcade-sidecar-stats", "arguments": {"id": "disk0"}}',
+    b'{"execute": {"execute": "stop"}, "id": "\\ud800"}',
+    b'{"id": 1e999, "execute": "query-name"}',
+    b'{"id": -0.0, "execute": "query-name", "arguments": {}}',
+    b"{",
+    b"}",
+    b'"',
+    b"\\",
+    b"[",
+    b"\xff",
+    b"\n",
+]
 
 
 @pytest.fixture
@@ -411,3 +430,42 @@ def test_closing_lets_the_last_words_out(tmp_path: Path) -> None:
     assert listener.read()["event"] == "SHUTDOWN"
     client.sock.close()
     listener.sock.close()
+
+
+def test_closing_waits_for_a_client_that_reads(tmp_path: Path) -> None:
+    """More than a socket buffer of events is queued when the VM ends; whoever reads gets all of them."""
+    with qmp_host(tmp_path / "qmp.sock") as host:
+        client = host.connect()
+        client.ask("query-name")
+
+        def many() -> None:
+            for _ in range(2000):
+                host.server.emit("RESET", {"guest": True, "reason": "x" * 500})
+            host.server.emit("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
+
+        host.call(many)
+        lines: list[bytes] = []
+
+        def read() -> None:
+            while line := client.line():
+                lines.append(line)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+    reader.join(20)
+    assert len(lines) == 2001
+    assert b"SHUTDOWN" in lines[-1]
+    client.sock.close()
+
+
+@given(st.lists(st.one_of(st.binary(max_size=60), st.sampled_from(PIECES)), max_size=12))
+@settings(deadline=None, max_examples=150)
+def test_whatever_is_sent_is_answered_in_json_and_the_server_lives(pieces: list[bytes]) -> None:
+    with tempfile.TemporaryDirectory() as directory, qmp_host(Path(directory) / "q") as host:
+        with host.connect() as client:
+            client.send(b"".join(pieces))
+            client.sock.shutdown(socket.SHUT_WR)
+            while line := client.line():
+                assert {"return", "error", "event"} & json.loads(line).keys()
+        with host.connect() as after:
+            assert after.ask("query-name") == {"return": {"name": "fake"}}
