@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { CMD_NONE, CMD_ATTACH, CMD_DETACH, CMD_EMERGENCY };
@@ -20,6 +21,14 @@ int mc_epoll_set(int ep, int op, int fd, uint32_t events, uint64_t tag)
 	struct epoll_event ev = {.events = events, .data.u64 = tag};
 
 	return epoll_ctl(ep, op, fd, &ev);
+}
+
+int64_t mc_now_ms(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
 void mc_serial_notice(struct mc_serial *s, unsigned notices)
@@ -271,12 +280,12 @@ static int loop(struct mc_serial *s)
 		else if (!s->front->may_sleep(s))
 			timeout = 0;
 		else
-			timeout = s->accept_paused ? 1000 : -1;
+			timeout = s->accept_at ? 1000 : -1;
 
 		int n = epoll_wait(s->ep, evs, sizeof(evs) / sizeof(evs[0]), timeout);
 		if (n < 0 && errno != EINTR)
 			return errno;
-		if (n == 0 && timeout == 1000)
+		if (s->accept_at && mc_now_ms() >= s->accept_at)
 			mc_sinks_accept_again(s);
 		input |= dispatch(s, evs, n);
 	}

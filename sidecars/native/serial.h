@@ -144,7 +144,7 @@ struct mc_serial {
 	struct mc_file file;
 	int ep, in_ep;			/* the loop's epoll, and the sources' that is inside it while input is wanted */
 	bool in_armed;
-	bool accept_paused;		/* accept(2) failed for want of something; tried again in a second */
+	int64_t accept_at;		/* accept(2) failed for want of something: when to try again; 0: it did not */
 	int wake_fd;			/* eventfd: a command, or stop */
 	int watch_fd;			/* inotify on a pty's slave; -1: not a pty */
 	struct mc_sink sinks[1 + MC_SERIAL_CLIENTS];	/* 0 is the backend */
@@ -187,6 +187,7 @@ void mc_serial_notice(struct mc_serial *s, unsigned notices);
 
 enum { MC_TAG_WAKE = 1, MC_TAG_GUEST, MC_TAG_LISTEN, MC_TAG_BACKEND_LISTEN, MC_TAG_WATCH, MC_TAG_INPUT,
        MC_TAG_KICK_RX, MC_TAG_KICK_TX, MC_TAG_SINK };
+int64_t mc_now_ms(void);
 int mc_epoll_set(int ep, int op, int fd, uint32_t events, uint64_t tag);
 
 int mc_sinks_init(struct mc_serial *s);

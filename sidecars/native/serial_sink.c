@@ -17,7 +17,6 @@
 #include <sys/epoll.h>
 #include <sys/inotify.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #define SINK_TURN (256u << 10)	/* bytes for one sink before the others and the guest get their turn */
@@ -221,7 +220,7 @@ bool mc_sinks_accept(struct mc_serial *s, bool backend)
 		if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) {
 			accept_failed(s);
 			mc_epoll_set(s->ep, EPOLL_CTL_DEL, backend ? s->cfg.backend_fd : s->cfg.console_fd, 0, 0);
-			s->accept_paused = true;
+			s->accept_at = mc_now_ms() + 1000;
 		}
 		return errno == EINTR || errno == ECONNABORTED;
 	}
@@ -257,7 +256,7 @@ bool mc_sinks_accept(struct mc_serial *s, bool backend)
 
 void mc_sinks_accept_again(struct mc_serial *s)
 {
-	s->accept_paused = false;
+	s->accept_at = 0;
 	/* EEXIST for the one that did not fail. */
 	if (s->cfg.console_fd >= 0)
 		mc_epoll_set(s->ep, EPOLL_CTL_ADD, s->cfg.console_fd, EPOLLIN, MC_TAG_LISTEN);
@@ -335,8 +334,7 @@ bool mc_sinks_input(struct mc_serial *s)
 void mc_sinks_drain(struct mc_serial *s)
 {
 	struct pollfd fds[1 + MC_SERIAL_CLIENTS];
-	struct timespec t;
-	int64_t now, until = 0;
+	int64_t until = 0;
 
 	/* Who connected just before the end is shown the scrollback too. */
 	while (s->cfg.console_fd >= 0 && mc_sinks_accept(s, false))
@@ -356,11 +354,9 @@ void mc_sinks_drain(struct mc_serial *s)
 			return;
 		for (uint32_t i = 0; i <= MC_SERIAL_CLIENTS; i++)
 			s->sinks[i].blocked = false;
-		clock_gettime(CLOCK_MONOTONIC, &t);
-		now = t.tv_sec * 1000 + t.tv_nsec / 1000000;
 		if (!until)
-			until = now + 500;
-	} while (now < until);
+			until = mc_now_ms() + 500;
+	} while (mc_now_ms() < until);
 }
 
 int mc_sinks_init(struct mc_serial *s)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import resource
 import shutil
 import socket
 import tempfile
@@ -220,6 +222,24 @@ def test_too_many_clients_are_told_so(short: Path) -> None:
             assert read_exactly(again.fileno(), 2) == b"ok"
         for client in clients:
             client.close()
+
+
+def test_out_of_descriptors(short: Path) -> None:
+    """The console waits in the backlog, the log says why, and it is served once there are descriptors again."""
+    with uart_sidecar(short) as (sidecar, ring):
+        assert sidecar.counter("clients") == 0  # the main loop has what it needs by now
+        used = max(int(fd.name) for fd in Path(f"/proc/{sidecar.pid}/fd").iterdir()) + 1
+        limits = resource.prlimit(sidecar.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(sidecar.pid, resource.RLIMIT_NOFILE, (used, limits[1]))
+        with contextlib.ExitStack() as stack:
+            # Numbers below the limit that are free are taken first.
+            clients = [stack.enter_context(sidecar.client()) for _ in range(12)]
+            sidecar.wait_until(lambda: "Too many open files" in sidecar.log_tail(), "the log to say so")
+            assert sidecar.counter("clients") < len(clients)
+            resource.prlimit(sidecar.pid, resource.RLIMIT_NOFILE, limits)
+            ring.print(b"hello")
+            for client in clients:
+                assert read_exactly(client.fileno(), 5) == b"hello"
 
 
 def test_slot_of_a_client_that_left_with_unread_input_is_given_away(short: Path) -> None:
