@@ -21,6 +21,7 @@ from motorcade.proto.framing import ControlServer, Gone, Outcome, Timeout
 log = logging.getLogger(__name__)
 
 DEADLINE_MS = 10_000  # generous: a sidecar answers in under a millisecond unless its backend hangs
+PING_MS = 30_000  # a host short of memory or processors is no reason to lose a disk
 SHUTDOWN_MS = 30_000  # flushing a disk's cache may take long
 
 
@@ -67,9 +68,7 @@ class SidecarLink:
             event.set()
         self._released.clear()
 
-    def _request(
-        self, body: messages.Request, deadline_ms: int, done: Callable[[], None] | None = None
-    ) -> None:
+    def _request(self, body: messages.Request, deadline_ms: int, done: Callable[[], None] | None = None) -> None:
         """Asks; a time-out or an error answer has the sidecar killed."""
         if self.state is LinkState.GONE:
             return
@@ -130,6 +129,11 @@ class SidecarLink:
             DEADLINE_MS,
             lambda answer: done(answer if isinstance(answer, messages.StatsReport) else None),
         )
+
+    def ping(self) -> None:
+        """Asks for a sign of life; silence has it killed."""
+        if self.state is LinkState.PRESENT:
+            self._request(messages.Ping(), PING_MS)
 
     def shutdown(self) -> None:
         """Asks it to flush, close its backend and end; GONE follows."""

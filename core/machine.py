@@ -41,6 +41,7 @@ ACPI_TABLES = 0xE0000  # guest physical: where a kernel that got no pointer sear
 NO_SLOT = 0xFFFF  # Slot.index of the sidecar behind the 16550
 PARK_SECONDS = 60.0  # a vCPU may wait for a sidecar's answer to a reset before it parks
 HELLO_SECONDS = 60.0
+PING_SECONDS = 20.0
 SHUTDOWN_SECONDS = 40.0  # longer than the link waits for a disk to be flushed
 DETAIL_MAX = 8192
 FAILED = 1  # vmmctl's exit status (docs/vmmctl.md)
@@ -100,6 +101,8 @@ class Machine:
         loop.add_control(server.fileno(), server.process)
         loop.add_deadlines(server.next_deadline, server.expire)
         loop.add_control(life.fileno(), self._on_life)
+        self._next_ping = time.monotonic() + PING_SECONDS
+        loop.add_deadlines(lambda: self._next_ping, self._ping)
 
     def _add_virtio(self, slot: messages.Slot) -> None:
         fds, name = self._fds, slot.device_id
@@ -183,6 +186,12 @@ class Machine:
         elif isinstance(body, messages.NeedsReset):
             queue = "" if body.queue == messages.NO_QUEUE else f"queue {body.queue}: "
             device.needs_reset(queue + body.reason)
+
+    def _ping(self, now: float) -> None:
+        """Finds a sidecar that hangs, or that feeds us a message which never ends, when nothing else is asked of it."""
+        self._next_ping = now + PING_SECONDS
+        for link in self._links.values():
+            link.ping()
 
     def _kill_sidecar(self, device_id: str, reason: str) -> None:
         log.error("%s: to be killed: %s", device_id, reason)

@@ -36,6 +36,7 @@ def run(boot_socket: socket.socket) -> int:
         machine = Machine(boot, fds, memory, loop, server, boot_socket)
         server.bind(boot.control_socket)
         qmp = QmpServer(loop.outer, machine, [fd for label, fd in sorted(fds.items()) if label.startswith("qmp.")])
+        loop.add_deadlines(qmp.next_deadline, qmp.expire)
         machine.on_event = qmp.emit
         sandbox.enter(ffi, lib)
         bootlink.send_life(boot_socket, messages.Ready())

@@ -1,0 +1,49 @@
+"""Fixtures for tests with Linux guests. They run where KVM can boot one: see harness/box.py."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import images
+from harness.vm import VmHost, vm_host
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[VmHost]:
+    """VMs of this test."""
+    with vm_host(tmp_path) as h:
+        yield h
+
+
+@pytest.fixture
+def linux() -> Callable[..., dict[str, Any]]:
+    """A machine.yaml with Debian's unmodified kernel; arguments are its fields."""
+
+    def make(name: str = "linux", *, cmdline: str = "", **fields: Any) -> dict[str, Any]:
+        kernel = {
+            "image": str(images.kernel().image),
+            "initrd": str(images.initrd()),
+            # quiet: each character on an emulated serial port is an exit, and a box multiplies its cost.
+            "cmdline": f"console=ttyS0 quiet panic=-1 {cmdline}".strip(),
+        }
+        return {"name": name, "memory": "256M", "cpus": 1, "kernel": kernel, **fields}
+
+    return make
+
+
+@pytest.fixture
+def tap() -> Iterator[tuple[str, str, str]]:
+    """A tap of this test's own: its name, the host's address on it, the guest's address."""
+    name = "mctap0"
+    subprocess.run(["ip", "tuntap", "add", name, "mode", "tap", "vnet_hdr"], check=True)
+    try:
+        subprocess.run(["ip", "addr", "add", "10.66.0.1/24", "dev", name], check=True)
+        subprocess.run(["ip", "link", "set", name, "up"], check=True)
+        yield name, "10.66.0.1", "10.66.0.2"
+    finally:
+        subprocess.run(["ip", "link", "del", name], check=True)

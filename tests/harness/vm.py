@@ -1,0 +1,124 @@
+"""A whole VM in a test, its supervisor forked from the test's own process: no Python start of its own.
+
+In the box a fresh Python takes seconds; forking takes milliseconds. What is started is the real thing: the
+supervisor, the core and the sidecars, from a machine.yaml.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.agent import Agent
+from motorcade.orchestrator import config, daemon, hostcheck, lifeline
+from motorcade.orchestrator.qmpclient import QmpClient
+
+DEADLINE = 120.0  # seconds, for anything
+
+
+class Vm:
+    """A running VM. Owns the lifeline: the VM ends with this object at the latest."""
+
+    def __init__(self, folder: Path, run_dir: Path, machine: dict[str, Any], *, paused: bool = False) -> None:
+        """Starts it and returns when its vCPUs may run. ``machine`` is what machine.yaml would say."""
+        file = folder / f"{machine['name']}.yaml"
+        file.write_text(json.dumps(machine))
+        parsed, source = config.load(str(file))
+        hostcheck.check(parsed, source)
+        self.name = parsed.name
+        self.run_dir = run_dir / self.name
+        daemon.preload()  # once, here: a fork then has it all
+        self.pid, self.line = daemon.fork()
+        daemon.start(self.line, daemon.Order(parsed, str(file), "kvm", paused))
+        self._reaped = False
+        try:
+            self.started = self.await_event("started")
+            self.await_event("running")
+        except BaseException:
+            self.close()
+            raise
+
+    def await_event(self, event: str, timeout: float = DEADLINE) -> dict[str, Any]:
+        """The supervisor's next message of this kind; others but progress fail the test."""
+        end = time.monotonic() + timeout
+        while True:
+            self.line.settimeout(max(0.001, end - time.monotonic()))
+            message = lifeline.receive(self.line)
+            assert message is not None, f"the supervisor went away before {event}"
+            if message["event"] == event:
+                return message
+            assert message["event"] == "progress", message
+
+    def console(self, device: str = "ttyS0") -> Agent:
+        """The agent in the guest on this console."""
+        return Agent.connect(self.run_dir / f"console-{device}.sock")
+
+    def qmp(self) -> QmpClient:
+        """A new QMP connection."""
+        return QmpClient(self.run_dir / "qmp.sock", timeout=DEADLINE)
+
+    def sidecar_pid(self, device: str) -> int:
+        """Of a device's sidecar."""
+        return next(int(p["pid"]) for p in self.started["processes"] if p["device"] == device)
+
+    def logs(self) -> str:
+        """What its processes said."""
+        return "".join(p.read_text() for p in sorted((self.run_dir / "log").glob("*.log")))
+
+    def wait_end(self, timeout: float = DEADLINE) -> dict[str, Any]:
+        """How it ended; its supervisor is gone when this returns."""
+        ended = self.await_event("ended", timeout)
+        os.waitpid(self.pid, 0)
+        self._reaped = True
+        return ended
+
+    def close(self) -> None:
+        """Ends it, if it has not ended."""
+        self.line.shutdown(socket.SHUT_RDWR)
+        self.line.close()
+        if not self._reaped:
+            os.waitpid(self.pid, 0)
+            self._reaped = True
+
+
+class VmHost:
+    """A run directory of a test's own, and the VMs in it."""
+
+    def __init__(self, folder: Path, run_dir: Path) -> None:
+        self.folder, self.run_dir = folder, run_dir
+        self.vms: list[Vm] = []
+
+    def start(self, machine: dict[str, Any], *, paused: bool = False) -> Vm:
+        """Starts a VM that ends with the test."""
+        vm = Vm(self.folder, self.run_dir, machine, paused=paused)
+        self.vms.append(vm)
+        return vm
+
+
+@contextlib.contextmanager
+def vm_host(folder: Path) -> Iterator[VmHost]:
+    """VMs with their files in ``folder``; nothing is left of them at the end."""
+    run_dir = Path(tempfile.mkdtemp(prefix="mc-", dir="/tmp"))  # socket paths are short
+    before = os.environ.get("MOTORCADE_RUN_DIR")
+    os.environ["MOTORCADE_RUN_DIR"] = str(run_dir)
+    host = VmHost(folder, run_dir)
+    try:
+        yield host
+    finally:
+        for vm in host.vms:
+            vm.close()
+        if before is None:
+            del os.environ["MOTORCADE_RUN_DIR"]
+        else:
+            os.environ["MOTORCADE_RUN_DIR"] = before
+        left = [p.name for p in run_dir.iterdir() if not p.name.startswith(".")]
+        shutil.rmtree(run_dir)
+        assert not left, f"run directories were left: {left}"
