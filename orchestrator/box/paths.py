@@ -22,16 +22,19 @@ def cache_dir() -> Path:
 
 
 def state_dir() -> Path:
-    """The state directory of this user's one box on this host: ``$MOTORCADE_BOX_DIR``, or beside the VMs'.
+    """The state directory of this user's one box on this host: ``$MOTORCADE_BOX_DIR``, or among the VMs'.
 
-    $MOTORCADE_RUN_DIR does not move it: another set of VMs may well share the box. The name starts with a
-    dot because a virtual machine's name cannot, so that the two never collide.
+    The name starts with a dot because a virtual machine's name cannot, so that the two never collide.
     """
     if configured := os.environ.get("MOTORCADE_BOX_DIR"):
         return Path(configured).absolute()
-    if os.geteuid() == 0:
-        return Path("/run/motorcade/.box")
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}") / "motorcade" / ".box"
+    if configured := os.environ.get("MOTORCADE_RUN_DIR"):
+        base = Path(configured).absolute()
+    elif os.geteuid() == 0:
+        base = Path("/run/motorcade")
+    else:
+        base = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}") / "motorcade"
+    return base / ".box"
 
 
 @contextlib.contextmanager

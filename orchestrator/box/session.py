@@ -140,23 +140,23 @@ def run(
     leash = Leash(box, run_id)
     pipes = None if tty else subprocess.PIPE
     relay_stdin = not tty and os.isatty(stdin)
-    with _forwarded_signals(leash, forward_signals):
-        ssh = subprocess.Popen(
-            [*box.ssh, "-tt" if tty else "-T", "box", command],
-            stdin=subprocess.PIPE if relay_stdin else stdin,
-            stdout=pipes,
-            stderr=pipes,
-            # A Ctrl-C in a terminal goes to the whole foreground group; ssh would die of it before the command.
-            start_new_session=not tty,
+    with contextlib.ExitStack() as stack:
+        stack.callback(leash.release)
+        stack.enter_context(_forwarded_signals(leash, forward_signals))
+        ssh = stack.enter_context(
+            subprocess.Popen(
+                [*box.ssh, "-tt" if tty else "-T", "box", command],
+                stdin=subprocess.PIPE if relay_stdin else stdin,
+                stdout=pipes,
+                stderr=pipes,
+                # A Ctrl-C in a terminal goes to the whole foreground group; ssh would die of it too early.
+                start_new_session=not tty,
+            )
         )
-        try:
-            if not tty:
-                _pump(ssh, stdin if relay_stdin else None, out or _writer(1), err or _writer(2))
-            status = ssh.wait()
-        finally:
-            ssh.kill()
-            ssh.wait()
-            leash.release()
+        stack.callback(ssh.kill)
+        if not tty:
+            _pump(ssh, stdin if relay_stdin else None, out or _writer(1), err or _writer(2))
+        status = ssh.wait()
     if status == 255 and find_box(box.dir) is None:
         raise BoxError("the box went away while the command ran")
     return status

@@ -1,0 +1,54 @@
+"""Loaded into the pytest that runs in the box: tells the one outside what happens, a JSON object a line.
+
+The lines go to what was standard output; everything that pytest and the tests print goes to standard error.
+"""
+
+import json
+import os
+import platform
+from typing import Any
+
+import pytest
+
+_channel = os.dup(1)
+os.dup2(2, 1)
+
+
+def _tell(**event: Any) -> None:
+    line = json.dumps(event).encode() + b"\n"
+    while line:
+        line = line[os.write(_channel, line) :]
+
+
+def pytest_sessionstart() -> None:
+    _tell(event="about", uname=" ".join(platform.uname()))
+
+
+def pytest_runtest_logstart(nodeid: str, location: tuple[str, int | None, str]) -> None:
+    _tell(event="start", nodeid=nodeid, location=location)
+
+
+def pytest_runtest_logfinish(nodeid: str, location: tuple[str, int | None, str]) -> None:
+    _tell(event="finish", nodeid=nodeid, location=location)
+
+
+class _Reports:
+    """Registered once there is a config, which the hooks for reports are not given."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._send(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._send(report)
+
+    def _send(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+        _tell(event="report", report=data)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Reports(config), "boxreport-reports")
