@@ -63,10 +63,6 @@ static void *file_thread(void *arg)
 			else if (errno != EINTR)
 				now = errno;
 		}
-		if (now && !error)
-			mc_serial_notice(s, MC_SERIAL_FILE_FAILED);
-		else if (error && !now)
-			mc_serial_notice(s, MC_SERIAL_FILE_RECOVERED);
 		pthread_mutex_lock(&sc->lock);
 
 		size_t note = len - from_ring;
@@ -78,6 +74,11 @@ static void *file_thread(void *arg)
 		s->stats.file_written += done;
 		s->stats.file_errors += now != 0;
 		s->stats.file_errno = now;
+		/* Behind the counters that the log line will show. */
+		if (now && !error)
+			mc_serial_notice(s, MC_SERIAL_FILE_FAILED);
+		else if (error && !now)
+			mc_serial_notice(s, MC_SERIAL_FILE_RECOVERED);
 		error = now;
 		tried = end;
 	}
