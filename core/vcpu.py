@@ -41,6 +41,11 @@ _SYSTEM_EVENTS = {
 }
 
 
+_RESET_RIP = 0xFFF0
+# AMD leaves the guest's state undefined at a shutdown (APM volume 2, 15.14.3), and KVM replaces it by INIT's.
+_AMD_SHUTDOWN = " (this processor lost its registers at that; below are those of an INIT)"
+
+
 class StopReason(enum.Enum):
     """Why the vCPUs cannot go on."""
 
@@ -245,7 +250,7 @@ class Vcpus:
             elif kind == lib.MC_EXIT_PAUSED:
                 return
             else:
-                reason, text = self._explain(kind, native.exit)
+                reason, text = self._explain(kind, native.exit, vcpu.rip == _RESET_RIP)
                 self._stop(reason, f"vCPU {vcpu.index}: {text}\n{vcpu.dump()}")
                 return
 
@@ -260,10 +265,10 @@ class Vcpus:
             e.data = bus.read(e.addr, e.size)
 
     @staticmethod
-    def _explain(kind: int, e: Any) -> tuple[StopReason, str]:
+    def _explain(kind: int, e: Any, after_init: bool) -> tuple[StopReason, str]:
         details = " ".join(f"{d:#x}" for d in e.details[0 : e.n_details])
         if kind == lib.MC_EXIT_SHUTDOWN:
-            return StopReason.TRIPLE_FAULT, "triple fault"
+            return StopReason.TRIPLE_FAULT, "triple fault" + _AMD_SHUTDOWN * after_init
         if kind == lib.MC_EXIT_SYSTEM_EVENT:
             return (
                 StopReason.SYSTEM_EVENT,
