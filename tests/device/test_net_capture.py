@@ -85,7 +85,7 @@ def test_idle_means_written(tmp_path: Path) -> None:
     nic = Captured(path)
     nic.exchange(1)
     size = 24 + 2 * (16 + 114)
-    nic.nic.sidecar.wait_until(lambda: nic.nic.counters()["captured"] == 2 and path.stat().st_size == size, "records")
+    nic.nic.poll_until(lambda: nic.nic.counters()["captured"] == 2 and path.stat().st_size == size, "records")
     assert len(tshark(path, "frame.len")) == 2
     nic.nic.sidecar.kill()
     assert len(tshark(path, "frame.len")) == 2
@@ -112,8 +112,9 @@ def test_a_full_disk_ends_the_capture_and_not_the_traffic(small: Path) -> None:
     nic = Captured(path)
     for i in range(0, 200, 2):
         nic.exchange(i, 1400)
-    lines = nic.nic.sidecar.log_lines()
-    assert [line["level"] for line in lines if "the capture stops" in line["msg"]] == ["warning"]
+    said = lambda: [x["level"] for x in nic.nic.sidecar.log_lines() if "the capture stops" in x["msg"]]  # noqa: E731
+    nic.nic.poll_until(lambda: bool(said()), "the warning")
+    assert said() == ["warning"]
     assert nic.close() == 0
     rows = tshark(path, "data.data")
     assert 20 < len(rows) < 50

@@ -119,7 +119,7 @@ def test_a_third_is_turned_away_and_gets_its_turn(ends: tuple[Nic, Nic], wire: P
     b.wait_link(True)
     with open_end(wire, "c") as c:
         c.up()
-        a.sidecar.wait_until(
+        a.poll_until(
             lambda: a.counters()["link_refused"] + b.counters()["link_refused"] > 0, "the third to be turned away"
         )
         assert not c.link_up
@@ -236,7 +236,7 @@ class Impostor:
 def test_a_peer_that_makes_no_sense(wire: Path) -> None:
     with open_end(wire, "a") as a:
         a.up()
-        a.sidecar.wait_until(lambda: (wire / "socket").exists(), "the socket")
+        a.poll_until(lambda: (wire / "socket").exists(), "the socket")
         bad = Impostor(wire)
         bad.sock.send(b"hello")
         assert len(bad.sock.recv(100)) == 16
@@ -270,7 +270,7 @@ def test_a_peer_that_makes_no_sense(wire: Path) -> None:
 def test_frames_that_only_claim_to_be_tcp(wire: Path) -> None:
     with open_end(wire, "a") as a:
         a.up(without=GUEST_OFFLOADS | bit("MRG_RXBUF"), size=BIG, buffers=20)
-        a.sidecar.wait_until(lambda: (wire / "socket").exists(), "the socket")
+        a.poll_until(lambda: (wire / "socket").exists(), "the socket")
         bad = Impostor(wire)
         bad.greet()
         a.wait_link(True)

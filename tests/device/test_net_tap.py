@@ -312,7 +312,7 @@ def test_without_buffers_nothing_is_lost_and_nobody_spins(ns: NetNs, nic: Nic, m
         # Held back, the driver sees three frames and no more.
         rx = nic.rx[0]
         first = rx.wait(3)
-        nic.sidecar.wait_until(lambda: nic.counters()["rx_starved"] > 0, "starvation")
+        nic.poll_until(lambda: nic.counters()["rx_starved"] > 0, "starvation")
         rx.wait_interrupt(0)  # one that was on its way when the third frame was seen
         before = cpu_ticks(nic.sidecar.pid)
         assert not rx.wait_interrupt(0.5)
@@ -333,7 +333,7 @@ def test_a_large_frame_waits_for_more_buffers(ns: NetNs, nic: Nic) -> None:
     with bound(ns, 5000) as sock:
         data = os.urandom(1200)
         sock.sendto(data, (GUEST, 6000))
-        nic.sidecar.wait_until(lambda: nic.counters()["rx_starved"] > 0, "starvation")
+        nic.poll_until(lambda: nic.counters()["rx_starved"] > 0, "starvation")
         assert nic.nothing_comes(0.1)
         nic.post(nic.rx[0], 1)
         assert nic.nothing_comes(0.1)

@@ -6,7 +6,7 @@ import itertools
 import struct
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -172,6 +172,14 @@ class Nic:
     def counters(self) -> dict[str, int]:
         """The details of its stats."""
         return {c.name: c.value for c in self.sidecar.stats().detail}
+
+    def poll_until(self, done: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
+        """For what the sidecar does not announce: looks again after each answer of its main thread. TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waiting for {what}: not in {timeout} s\n{self.sidecar.log_tail()}")
+            self.sidecar.stats()
 
     @property
     def link_up(self) -> bool:
