@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 import uuid as uuid_module
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,13 +83,13 @@ def field_name(path: yamlpos.Path) -> str:
 
 
 def load(path: str | os.PathLike[str], *, name: str | None = None, accel: str | None = None) -> tuple[Machine, Source]:
-    """Reads and validates ``path``; relative paths in the result are made absolute from its folder.
+    """Reads and validates ``path`` (-: standard input); relative paths in the result are made absolute from its folder.
 
     ``name`` and ``accel`` replace what the file says. Errors: ConfigError; OSError if the file cannot be read.
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError([Problem(f"{file}:1:1", "", "not UTF-8 text")]) from None
     try:

@@ -6,23 +6,71 @@ import logging
 import os
 import signal
 import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from motorcade.orchestrator import lifeline
-from motorcade.orchestrator.errors import EXIT_ERROR, UserError
-from motorcade.orchestrator.machine import Machine
+from motorcade.orchestrator.errors import EXIT_ERROR, EXIT_OK, UserError
 from motorcade.orchestrator.rundir import RunDir
 
+if TYPE_CHECKING:
+    from motorcade.orchestrator.machine import Machine
 
-def main(machine: Machine, line: socket.socket, *, config: str, accel: str, paused: bool) -> int:
-    """The supervisor's process, forked by vmmctl with ``line``, its end of the lifeline. Returns its exit status."""
-    os.setsid()
-    os.umask(0o077)
-    os.chdir("/")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    close_all_but(line.fileno())
-    raise_nofile()
+_MAX_ORDER = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Order:
+    """The VM that vmmctl wants. ``config``: the path of machine.yaml, for people."""
+
+    machine: Machine
+    config: str
+    accel: str
+    paused: bool
+
+
+def fork() -> tuple[int, socket.socket]:
+    """Forks a supervisor that has no VM yet: it loads its code while vmmctl reads machine.yaml, which are the two
+    longest parts of a start. For a process with one thread. Returns its pid and vmmctl's end of the lifeline, which
+    the caller owns; closing it without ``start`` makes the process go away.
+    """
+    ours, theirs = lifeline.pair()
+    pid = os.fork()
+    if pid == 0:
+        status = EXIT_ERROR
+        try:
+            status = main(theirs)
+        except BaseException as e:
+            # Whatever it is, vmmctl must hear of it; the traceback is in the log, if there is one by now.
+            logging.getLogger("motorcade.supervisor").exception("the supervisor ends")
+            what = f"the supervisor failed: {type(e).__name__}: {e}"
+            lifeline.send(theirs, event="failed", message=what, status=EXIT_ERROR)
+        finally:
+            os._exit(status)
+    theirs.close()
+    return pid, ours
+
+
+def start(line: socket.socket, order: Order) -> None:
+    """Gives the forked supervisor its VM. Errors: UserError where it is gone."""
+    import pickle  # of our own types, between two halves of one program
+
+    data = pickle.dumps(order)
+    try:
+        if line.send(data, socket.MSG_NOSIGNAL) != len(data):
+            raise UserError("the machine's description is too large")
+    except OSError as e:
+        raise UserError(f"the supervisor is gone: {e.strerror}") from None
+
+
+def main(line: socket.socket) -> int:
+    """The supervisor's process, with ``line``, its end of the lifeline. Returns its exit status."""
+    leave_vmmctl(line.fileno())
+    preload()
+    order = receive(line)
+    if order is None:
+        return EXIT_OK
+    machine = order.machine
     try:
         sockets = tuple(f"console-{c.id}.sock" for c in machine.consoles)
         run = RunDir.acquire(machine.name, sockets)
@@ -31,10 +79,46 @@ def main(machine: Machine, line: socket.socket, *, config: str, accel: str, paus
         return e.status
     start_log(run, machine.log_level)
     from motorcade.orchestrator.spawn import title
-    from motorcade.orchestrator.supervisor import Supervisor
 
     title("supervisor", machine.name)
-    return Supervisor(machine, run, line, config=config, accel=accel, paused=paused).run()
+    if order.accel == "box":
+        from motorcade.orchestrator.boxed import BoxedVm
+
+        return BoxedVm(machine, run, line, config=order.config, paused=order.paused).run()
+    from motorcade.orchestrator.supervisor import Supervisor
+
+    return Supervisor(machine, run, line, config=order.config, accel=order.accel, paused=order.paused).run()
+
+
+def leave_vmmctl(line: int) -> None:
+    """Away from vmmctl's terminal, signals, folder and descriptors; only ``line`` stays."""
+    os.setsid()
+    os.umask(0o077)
+    os.chdir("/")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    close_all_but(line)
+    raise_nofile()
+
+
+def preload() -> None:
+    """What every VM needs, in the order of how long it takes."""
+    from motorcade.orchestrator import supervisor
+    from motorcade.orchestrator.spawn import load_mains
+
+    assert supervisor.Supervisor is not None  # imported for its sake
+    load_mains({"serial"})
+
+
+def receive(line: socket.socket) -> Order | None:
+    """The order; None when vmmctl has thought better of it."""
+    import pickle
+
+    data = line.recv(_MAX_ORDER)
+    order = pickle.loads(data) if data else None
+    assert order is None or isinstance(order, Order)
+    return order
 
 
 def close_all_but(keep: int) -> None:
@@ -64,23 +148,3 @@ def start_log(run: RunDir, level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter("supervisor"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-def fork(machine: Machine, *, config: str, accel: str, paused: bool) -> tuple[int, socket.socket]:
-    """Forks the supervisor of a VM; for a process with one thread. Returns its pid and vmmctl's end of the lifeline,
-    which the caller owns."""
-    ours, theirs = lifeline.pair()
-    pid = os.fork()
-    if pid == 0:
-        status = EXIT_ERROR
-        try:
-            status = main(machine, theirs, config=config, accel=accel, paused=paused)
-        except BaseException as e:
-            # Whatever it is, vmmctl must hear of it; it then reads the log too, if there is one by now.
-            logging.getLogger("motorcade.supervisor").exception("the supervisor ends")
-            what = f"the supervisor failed: {type(e).__name__}: {e}"
-            lifeline.send(theirs, event="failed", message=what, status=EXIT_ERROR)
-        finally:
-            os._exit(status)
-    theirs.close()
-    return pid, ours

@@ -109,6 +109,13 @@ def _lock(fd: int, disk: Disk, path: str, *, exclusive: bool) -> None:
         raise DiskInUse(f"disk {disk.id}: {path} is in use by {by}{how}")
 
 
+def lock_image(disk: Disk, path: str, *, exclusive: bool) -> dict[str, Any]:
+    """Locks an image for this process's whole life without using it. Returns its identity. Errors: as open_disk."""
+    fd, _ = _open(Disk(id=disk.id, path=path), path, False)
+    _lock(fd, disk, path, exclusive=exclusive)
+    return _identity(fd, path)
+
+
 def _identity(fd: int, path: str) -> dict[str, Any]:
     info = os.fstat(fd)
     return {"path": path, "dev": info.st_dev, "ino": info.st_ino}

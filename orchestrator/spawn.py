@@ -15,9 +15,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from motorcade.orchestrator.rundir import process_start
+
+if TYPE_CHECKING:
+    from motorcade.sidecars.device import Device
 
 _BOOT_FD = 3
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h; the number is part of the kernel's ABI, as every prctl option is
@@ -175,11 +178,15 @@ def load_mains(kinds: set[str]) -> dict[str, Main]:
     return mains
 
 
-def _device_class(kind: str) -> Any:
+def _device_class(kind: str) -> type[Device]:
     if kind == "blk":
-        from motorcade.sidecars.blk.device import BlkDevice as device_class
-    elif kind == "net":
-        from motorcade.sidecars.net.device import NetDevice as device_class
-    else:
-        from motorcade.sidecars.serial.device import SerialDevice as device_class
-    return device_class
+        from motorcade.sidecars.blk.device import BlkDevice
+
+        return BlkDevice
+    if kind == "net":
+        from motorcade.sidecars.net.device import NetDevice
+
+        return NetDevice
+    from motorcade.sidecars.serial.device import SerialDevice
+
+    return SerialDevice

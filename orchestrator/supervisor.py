@@ -276,10 +276,23 @@ class Supervisor:
         if child is self.core:
             self.on_core_gone(why)
         elif self.status == "starting":
-            self.fail(UserError(f"{child.role} {'failed' if child.failure else 'ended'}: {child.failure or how}"))
+            self.on_failed_start(child, how)
         else:
             self.on_sidecar_died(child, why)
         self.write_state()
+
+    def on_failed_start(self, child: Child, how: str) -> None:
+        """A sidecar ended before the VM ran. The reason may be the core's end, whose own words have arrived by then."""
+        assert self.core is not None
+        culprit = child
+        if self.core.alive:
+            with contextlib.suppress(BlockingIOError, schema.Malformed):
+                while self.core.link.fileno() in self.selector.get_map() and not self.drained(self.core):
+                    pass
+            if self.core.failure:
+                culprit = self.core
+        said = culprit.failure
+        self.fail(UserError(f"{culprit.role} {'failed' if said else 'ended'}: {said or how}"))
 
     def drained(self, child: Child) -> bool:
         """Handles one more of its last words; True when there are none. Errors: BlockingIOError."""
@@ -292,7 +305,7 @@ class Supervisor:
         """The VM is over. Its sidecars flush and leave by themselves, since their control connection is gone."""
         assert self.core is not None
         if self.status == "starting" and self.ended is None:
-            message = f"the core failed: {self.core.failure}" if self.core.failure else f"the core {why} at the start"
+            message = f"core failed: {self.core.failure}" if self.core.failure else f"the core {why} at the start"
             self.fail(UserError(message))
             return
         if self.ended is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -184,3 +185,42 @@ class Foreground:
         except UserError as e:  # it had not come to run yet
             tell(str(e))
             return e.status
+
+
+class Reporter(Foreground):
+    """`up --report`: the supervisor's messages as JSON lines on standard output, for whoever stands for this VM outside
+    the box. SIGUSR1 ends the VM at once."""
+
+    def run(self) -> int:
+        """As Foreground's."""
+        # The lifeline's end is what tells the supervisor; its answer is awaited as ever.
+        signal.signal(signal.SIGUSR1, lambda *_: self.line.shutdown(socket.SHUT_WR))
+        try:
+            return super().run()
+        except UserError as e:
+            if not self.told:
+                self._tell({"event": "failed", "message": str(e), "status": e.status})
+            raise
+
+    told = False
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        self.told |= message["event"] in {"failed", "ended"}
+        print(json.dumps(message), flush=True)
+
+    def _receive(self, timeout: float | None = None) -> dict[str, Any] | None:
+        try:
+            message = super()._receive(timeout)
+        except UserError as e:
+            self._tell({"event": "failed", "message": str(e), "status": e.status})
+            raise
+        if message is not None:
+            self._tell(message)
+        return message
+
+    def _stay(self, console: str | None) -> int:
+        return self._await_end()
+
+    def _tell_end(self, message: dict[str, Any]) -> int:
+        status: int = message["status"]
+        return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from typing import Any
 
 from motorcade.orchestrator.commands.common import tell
@@ -35,18 +36,32 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("file", metavar="FILE", nargs="?", default="machine.yaml", help="default: machine.yaml")
+    about = "default: machine.yaml; -: standard input"
+    p.add_argument("file", metavar="FILE", nargs="?", default="machine.yaml", help=about)
     p.add_argument("-d", "--detach", action="store_true", help="return when the VM runs, leave it in the background")
     p.add_argument("--paused", action="store_true", help="do not run the CPUs yet")
     p.add_argument("--name", help="instead of the file's name:")
     p.add_argument("--accel", choices=["auto", "kvm", "box"], help="instead of the file's accel:")
+    # For the supervisor of a VM in the box: what happens, as JSON lines, instead of the console.
+    p.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """See the module."""
-    from motorcade.orchestrator import accel, config, hostcheck, rundir
-    from motorcade.orchestrator.commands.foreground import Foreground
+    # Nothing slow is imported before the fork: the two go on side by side from there.
+    from motorcade.orchestrator import daemon
+
+    pid, line = daemon.fork()
+    try:
+        return _run(args, pid, line)
+    finally:
+        line.close()
+
+
+def _run(args: argparse.Namespace, pid: int, line: socket.socket) -> int:
+    from motorcade.orchestrator import accel, config, daemon, hostcheck, rundir
+    from motorcade.orchestrator.commands.foreground import Foreground, Reporter
 
     machine, source = config.load(args.file, name=args.name, accel=args.accel)
     hostcheck.check(machine, source)
@@ -56,11 +71,6 @@ def run(args: argparse.Namespace) -> int:
     chosen = accel.choose(machine.accel)
     if chosen.reason:
         tell(f"{chosen.reason}; running {machine.name} in the box (accel: kvm insists)")
-    if chosen.name == "box":
-        from motorcade.orchestrator.box import machine as box_machine
-
-        return box_machine.up(args.file, machine, detach=args.detach, paused=args.paused)
-    from motorcade.orchestrator import daemon
-
-    pid, line = daemon.fork(machine, config=str(source.path.absolute()), accel=chosen.name, paused=args.paused)
-    return Foreground(machine.name, pid, line, detach=args.detach).run()
+    daemon.start(line, daemon.Order(machine, str(source.path.absolute()), chosen.name, args.paused))
+    front = Reporter if args.report else Foreground
+    return front(machine.name, pid, line, detach=args.detach).run()
