@@ -35,7 +35,7 @@ def test_missing_capabilities_are_named_all_at_once(monkeypatch: pytest.MonkeyPa
         return lib.KVM_API_VERSION if request == lib.KVM_GET_API_VERSION else int(arg not in lacking)
 
     monkeypatch.setattr("motorcade.core.kvm.call", answer)
-    with pytest.raises(KvmError, match="lacks KVM_CAP_IRQFD, KVM_CAP_XSAVE$"):
+    with pytest.raises(KvmError, match=r"lacks KVM_CAP_IRQFD, KVM_CAP_XSAVE$"):
         Kvm(-1)
 
 
