@@ -42,6 +42,7 @@ def builder(relative_to: Path | None = ROOT) -> FFI:
         include_dirs=[path(HERE), path(SIDECARS)],
         extra_compile_args=flags,
         extra_link_args=link,
+        py_limited_api=True,  # as setuptools does by itself: both ways then make a file of one name
     )
     return ffi
 
@@ -55,6 +56,8 @@ def build_in_place(target_dir: Path = ROOT / "core") -> Path:
         beside = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.copy2(built, beside)
         beside.replace(target)
+    for stale in set(target_dir.glob("_native.*.so")) - {target}:
+        stale.unlink()  # Python may prefer it to the new one
     return target
 
 
