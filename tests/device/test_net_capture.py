@@ -112,7 +112,10 @@ def test_a_full_disk_ends_the_capture_and_not_the_traffic(small: Path) -> None:
     nic = Captured(path)
     for i in range(0, 200, 2):
         nic.exchange(i, 1400)
-    said = lambda: [x["level"] for x in nic.nic.sidecar.log_lines() if "the capture stops" in x["msg"]]  # noqa: E731
+
+    def said() -> list[str]:
+        return [x["level"] for x in nic.nic.sidecar.log_lines() if "the capture stops" in x["msg"]]
+
     nic.nic.poll_until(lambda: bool(said()), "the warning")
     assert said() == ["warning"]
     assert nic.close() == 0

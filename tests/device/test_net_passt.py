@@ -8,6 +8,7 @@ import signal
 import socket
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -173,6 +174,20 @@ def test_a_port_that_is_taken(ns: NetNs) -> None:
 def test_a_host_without_a_network() -> None:
     with NetNs() as ns, pytest.raises(UserError, match=r"passt: .*(routable|interface)"):
         ns.call(netbackend.spawn_passt)
+
+
+@pytest.mark.root
+def test_a_host_with_ipv6_alone(ns: NetNs) -> None:
+    """passt answers no ARP there, and is found ready all the same."""
+    ns.ip("link", "del", "up0")
+    ns.ip("tuntap", "add", "up6", "mode", "tap")
+    ns.call(Path("/proc/sys/net/ipv6/conf/up6/disable_ipv6").write_text, "0")
+    ns.ip("link", "set", "up6", "up")
+    for address in ("fd00::1/64", "fe80::1/64"):
+        ns.ip("addr", "add", address, "dev", "up6", "nodad")
+    ns.ip("-6", "route", "add", "default", "via", "fd00::fe", "dev", "up6")
+    with User(ns, []) as user:
+        assert user.nic.up().link_up
 
 
 class Peer:
