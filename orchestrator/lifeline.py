@@ -43,7 +43,8 @@ def receive(sock: socket.socket) -> dict[str, Any] | None:
     try:
         data = sock.recv(_MAX)
     except ConnectionResetError:
-        return None
+        # It closed with words of ours unread. unix(7) says so first, and keeps its own last words for the next call.
+        data = sock.recv(_MAX)
     if not data:
         return None
     message = json.loads(data)

@@ -179,7 +179,8 @@ def recv_life(sock: socket.socket) -> Life | None:
         # One byte more than allowed shows a packet that was too long.
         data = sock.recv(schema.MAX_LIFE_BYTES + 1)
     except ConnectionResetError:
-        return None
+        # It closed with words of ours unread. unix(7) says so first, and keeps its own last words for the next call.
+        data = sock.recv(schema.MAX_LIFE_BYTES + 1)
     if not data:
         return None
     return schema.decode_life(data)

@@ -15,6 +15,7 @@ from motorcade.orchestrator.errors import EXIT_ERROR, EXIT_OK, UserError
 
 POWERDOWN_TIMEOUT = 30.0  # seconds for the guest, after SIGINT or SIGTERM, before the VM is ended at once
 _SLOW = 1.0  # seconds after which a step of the start is worth a word
+_ENDING = 5.0  # seconds between a console's end and the VM's that are nothing strange: disks are flushed meanwhile
 _REASONS = {
     "guest-shutdown": "powered off",
     "guest-reset": "rebooted, and on_reboot is exit",
@@ -131,11 +132,10 @@ class Foreground:
         """Its exit status, with a word about how it ended unless that was the guest's own wish."""
         told = False
         while True:
-            message = self._receive(_SLOW)
+            message = self._receive(None if told else _ENDING)
             if message is None:
-                if not told:
-                    tell(f"{self.name} runs on; Ctrl-C presses its power button")
-                    told = True
+                tell(f"{self.name} runs on; Ctrl-C presses its power button")
+                told = True
             elif message["event"] == "sidecar-died":
                 tell(f"{self.name}: {message['role']} died: {message['reason']}")
             elif message["event"] == "ended":
@@ -219,7 +219,11 @@ class Reporter(Foreground):
         return message
 
     def _stay(self, console: str | None) -> int:
-        return self._await_end()
+        while True:
+            message = self._receive()
+            if message is not None and message["event"] == "ended":
+                self._reap()
+                return self._tell_end(message)
 
     def _tell_end(self, message: dict[str, Any]) -> int:
         status: int = message["status"]

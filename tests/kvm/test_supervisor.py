@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -120,6 +121,57 @@ def test_signals_press_the_power_button(host: Host, guest: Path, tmp_path: Path)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
     assert host.names() == []
+
+
+def test_in_a_terminal(host: Host, guest: Path, tmp_path: Path) -> None:
+    """The processes, the console, the key that leaves, and the way back."""
+    file = write_machine(tmp_path, "web", guest, cmdline=f"print=hello echo=1 print=more irq=9 await=1 {POWER_OFF}")
+    terminal, ours = os.openpty()
+    options = {"stdin": ours, "stdout": ours, "stderr": ours}
+    with os.fdopen(terminal, "rb+", buffering=0) as master, host.running("up", str(file), **options) as process:
+        os.close(ours)
+        seen = b""
+
+        def read_until(text: bytes) -> None:
+            nonlocal seen
+            while text not in seen:
+                assert select.select([master], [], [], 60)[0], seen
+                seen += master.read(4096)
+
+        read_until(b"hello")
+        for role in (b"supervisor", b"core", b"serial-ttyS0"):
+            assert role in seen
+        assert b"Ctrl-] leaves" in seen
+        master.write(b"x")
+        read_until(b"more")
+        master.write(b"\x1d")
+        read_until(b"vmmctl console web attaches")
+        assert process.wait(timeout=60) == 0
+    assert len(host.live_pids("web")) == 3, host.vmmctl("logs", "web").stdout
+    host.vmmctl("down", "web")
+
+
+def test_standard_input(host: Host, guest: Path, tmp_path: Path) -> None:
+    file = write_machine(tmp_path, "web", guest, cmdline=POWER_OFF)
+    host.vmmctl("up", "-", stdin=file.read_text())
+    assert host.vmmctl("up", "-", stdin="name: 5", check=2).stderr.startswith("vmmctl: -:1:1: ")
+
+
+def test_reports(host: Host, guest: Path, tmp_path: Path) -> None:
+    """What stands for a VM outside the box relies on."""
+    file = write_machine(tmp_path, "web", guest, cmdline=f"print=x {POWER_OFF}")
+    reports = [json.loads(line) for line in host.vmmctl("up", "--report", str(file)).stdout.splitlines()]
+    events = [r["event"] for r in reports if r["event"] != "progress"]
+    assert events == ["started", "running", "ended"]
+    failed = host.vmmctl("up", "--report", str(write_machine(tmp_path, "bad", "/etc/hostname")), check=1)
+    assert json.loads(failed.stdout.splitlines()[-1])["event"] == "failed"
+    with host.running("up", "--report", str(write_machine(tmp_path, "web", guest))) as process:
+        assert process.stdout is not None
+        while b'"running"' not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGUSR1)
+        assert json.loads(process.stdout.readline())["reason"] == "host-signal"
+        assert process.wait(timeout=60) == 0
 
 
 def test_a_second_signal_ends_it_at_once(host: Host, guest: Path, tmp_path: Path) -> None:

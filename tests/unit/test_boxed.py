@@ -1,0 +1,73 @@
+"""What a VM in the box gets, and what stands for it outside. The box itself is tests/guest's business."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from motorcade.orchestrator import boxed, config
+from motorcade.orchestrator.errors import UserError
+from motorcade.orchestrator.machine import Machine
+
+
+def machine(tmp_path: Path, text: str = "") -> Machine:
+    (tmp_path / "k").write_bytes(b"x")
+    file = tmp_path / "machine.yaml"
+    file.write_text("name: web\nkernel: {image: k}\naccel: box\n" + text)
+    return config.load(file)[0]
+
+
+def test_the_same_machine_inside(tmp_path: Path) -> None:
+    """What the box gets is a machine.yaml, and means the same, but for its sockets."""
+    outside = machine(
+        tmp_path,
+        "memory: 1G\nnets:\n- {id: n, user: true}\ndisks:\n- {id: d, path: d.img, overlay: true}\n"
+        "consoles:\n- {id: a, backend: {socket: a.sock}}\n- {id: b, backend: {file: b.log}}\n- {id: c, backend: pty}\n"
+        "qmp: ['unix:q.sock', 'tcp:127.0.0.1:4444']\n",
+    )
+    file = tmp_path / "inside.yaml"
+    file.write_text(json.dumps(boxed.inside(outside)))
+    inner = config.load(file)[0]
+    assert (inner.accel, inner.qmp) == ("kvm", [])
+    assert (inner.name, inner.uuid, inner.memory) == (outside.name, outside.uuid, outside.memory)
+    assert inner.disks == outside.disks
+    assert inner.nets == outside.nets
+    assert [c.id for c in inner.consoles] == ["ttyS0", "a", "b", "c"]
+    assert inner.consoles[2:] == outside.consoles[2:]
+
+
+def test_forwards(tmp_path: Path) -> None:
+    outside = machine(
+        tmp_path,
+        "nets:\n- {id: n, user: true, forward: ['127.0.0.1:8080:80', '22:22']}\n"
+        "consoles:\n- {id: a, backend: {socket: a.sock}}\nqmp: ['unix:q.sock', 'tcp:127.0.0.1:4444']\n",
+    )
+    assert boxed.forwards(outside, Path("/r/web")) == [
+        "/r/web/qmp.sock:/run/motorcade/web/qmp.sock",
+        f"{tmp_path}/q.sock:/run/motorcade/web/qmp.sock",
+        "127.0.0.1:4444:/run/motorcade/web/qmp.sock",
+        "/r/web/console-ttyS0.sock:/run/motorcade/web/console-ttyS0.sock",
+        "/r/web/console-a.sock:/run/motorcade/web/console-a.sock",
+        f"{tmp_path}/a.sock:/run/motorcade-web-a.sock",
+        "127.0.0.1:8080:127.0.0.1:8080",
+        "22:127.0.0.1:22",
+    ]
+
+
+def test_shares(tmp_path: Path) -> None:
+    """Folders, once each; of the system's folders only the file."""
+    for folder in ("disks", "out"):
+        (tmp_path / folder).mkdir()
+    outside = machine(
+        tmp_path,
+        "disks:\n- {id: d, path: disks/d.img, overlay: out/o}\n- {id: e, path: /etc/hostname}\n"
+        "nets:\n- {id: n, link: disks, capture: out/n.pcap}\n",
+    )
+    assert boxed.shares(outside) == [tmp_path, tmp_path / "disks", tmp_path / "out", Path("/etc/hostname")]
+
+
+def test_what_the_box_cannot_have(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="UDP ports cannot be forwarded into the box"):
+        boxed.shares(machine(tmp_path, "nets:\n- {id: n, user: true, forward: ['udp:53:53']}\n"))
