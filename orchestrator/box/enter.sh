@@ -6,26 +6,39 @@ set -u
 bb=/run/box/busybox
 live=/run/box/live
 fail() { echo "box: $*" >&2; exit 125; }
-mounted() { while read -r _ at _; do [ "$at" = "$1" ] && return; done < /proc/self/mounts; return 1; }
-covered() { for d in /run/box/fresh/*/path; do [ -e "$d" ] && case "$1/" in "$(cat "$d")"/*) return;; esac; done; return 1; }
-cat() { read -r line < "$1" && echo "$line"; }
+# The kind of what is mounted at a path, the last one on top: virtiofs is shared, overlay is fresh.
+top() {
+    kind=
+    while read -r _ at type _; do [ "$at" = "$1" ] && kind=$type; done < /proc/self/mounts
+    [ "$kind" = "$2" ]
+}
 
-# PATH as it is on the host now, writes staying in the box.
+# PATH as it is on the host now, writes staying in the box. Mounted anew for every run: an overlay keeps to
+# the file that it once found under a name, and says ESTALE when the host has put another one there.
 fresh() {
-    covered "$1" && return
-    n=$($bb mktemp -d /run/box/fresh/XXXXXX) && $bb mkdir "$n/upper" "$n/work"
-    $bb mount -t overlay fresh "$1" \
-        -o "lowerdir=$live$1,upperdir=$n/upper,workdir=$n/work,index=off,metacopy=off,xino=off" || fail "cannot show $1"
-    echo "$1" > "$n/path"
+    path=$1
+    for n in /run/box/fresh/*; do
+        [ -e "$n/path" ] && read -r known < "$n/path" || continue
+        case "$path/" in "$known"/*) path=$known; break ;; esac
+        n=
+    done
+    [ -e "$n/path" ] || { n=$($bb mktemp -d /run/box/fresh/XXXXXX) && $bb mkdir "$n/upper"; } || fail "cannot show $path"
+    # Lazily: whoever still works in the old one keeps it, with a work directory of its own.
+    top "$path" overlay && $bb umount -l "$path"
+    echo "$path" > "$n/path"
+    $bb mkdir "$n/work-$id"
+    $bb mount -t overlay fresh "$path" \
+        -o "lowerdir=$live$path,upperdir=$n/upper,workdir=$n/work-$id,index=off,metacopy=off,xino=off" \
+        || fail "cannot show $path"
     # What was shared below it before is hidden now.
-    while read -r path; do
-        case "$path" in "$1"/*) $bb mount -o bind "$live$path" "$path" || fail "cannot share $path" ;; esac
+    while read -r shared; do
+        case "$shared" in "$path"/*) $bb mount -o bind "$live$shared" "$shared" || fail "cannot share $shared" ;; esac
     done < /run/box/shares
 }
 
 # PATH itself: what is written there is written on the host.
 share() {
-    mounted "$1" && $bb grep -qxF "$1" /run/box/shares && return
+    top "$1" virtiofs && return
     if [ -d "$live$1" ]; then
         $bb mkdir -p "$1"
     else
@@ -33,7 +46,7 @@ share() {
         [ -e "$1" ] || { $bb mkdir -p "${1%/*}"; : > "$1"; }
     fi
     $bb mount -o bind "$live$1" "$1" || fail "cannot share $1"
-    echo "$1" >> /run/box/shares
+    $bb grep -qxF "$1" /run/box/shares || echo "$1" >> /run/box/shares
 }
 
 id=$1 dir=$2

@@ -57,6 +57,13 @@ def working_tree(directory: Path) -> Path:
     return directory
 
 
+def fresh_trees(cwd: Path) -> list[Path]:
+    """What a command in ``cwd`` must see as it is now: the tree it works on, and this program itself."""
+    trees = dict.fromkeys([working_tree(Path(__file__).resolve().parents[2]), working_tree(cwd)])
+    own = {Path(path) for path in ("/", "/proc", "/sys", "/dev", "/run", "/dev/shm")}  # of the box itself
+    return [path for path in trees if path not in own]
+
+
 def remote_command(
     run_id: str,
     argv: Sequence[str],
@@ -122,18 +129,14 @@ def run(
     """
     cwd = (cwd or Path.cwd()).resolve()
     run_id = uuid.uuid4().hex[:12]
-    checkout = Path(__file__).resolve().parents[2]
     shares = [path.resolve() for path in shares]
-    fresh = dict.fromkeys([working_tree(checkout), working_tree(cwd)])
-    for path in [Path("/"), *map(Path, ("/proc", "/sys", "/dev", "/run", "/dev/shm"))]:
-        fresh.pop(path, None)
     command = remote_command(
         run_id,
         argv,
         cwd=cwd,
         env=carried_environment() if env is None else env,
         shares=shares,
-        fresh=[path for path in fresh if path not in shares],
+        fresh=[path for path in fresh_trees(cwd) if path not in shares],
     )
     if stdin is None:
         stdin = 0
