@@ -87,12 +87,15 @@ class RunDir:
                 "set MOTORCADE_RUN_DIR to a shorter path"
             )
         while True:
-            path.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # mkdir's exist_ok looks once more, and may find it just gone
+                path.mkdir(mode=0o700)
             lock = path / "lock"
             try:
                 fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except FileNotFoundError:
                 continue  # a VM that ends removed the directory under us
+            except OSError as e:
+                raise RunDirError(f"{lock}: {e.strerror}") from None
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -154,6 +154,13 @@ def test_many_at_once_one_wins_at_a_time(root: Path) -> None:
     assert wins
 
 
+def test_something_else_in_its_place(root: Path) -> None:
+    rundir.root()
+    (root / "web").write_text("a file")
+    with pytest.raises(rundir.RunDirError, match="web/lock: Not a directory"):
+        rundir.RunDir.acquire("web")
+
+
 def test_no_names_that_leave_the_directory(root: Path) -> None:
     rundir.root()
     assert [rundir.find(name) for name in ("", ".", "..", ".ended", "a/b")] == [None] * 5
