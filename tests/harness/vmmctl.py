@@ -117,7 +117,7 @@ def gone(pids: list[int]) -> None:
 def write_machine(folder: Path, name: str, kernel: Path | str, **fields: Any) -> Path:
     """A machine.yaml (as JSON, which YAML is) for bare KVM."""
     boot = {key: fields.pop(key) for key in ("cmdline", "initrd") if key in fields}
-    machine = {
+    machine: dict[str, Any] = {
         "name": name,
         "memory": "16M",
         "accel": "kvm",

@@ -62,7 +62,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch, probe: kvmprobe.Probe, name: str)
 def test_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host with nothing: every finding has its price, and none is an exception."""
     monkeypatch.setattr(doctor, "_syscall", lambda *_: -38)
-    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
     monkeypatch.setattr(doctor, "_can_unshare", lambda _: False)
     monkeypatch.setattr(kvmprobe, "probe", lambda: kvmprobe.Probe(False, False, None, "there is no /dev/kvm"))
     findings = {f.name: f for f in doctor.examine()}
