@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.vm import VmHost
+from harness.where import GUEST_UNAME
 
 Machine = Callable[..., dict[str, Any]]
 
 
-def test_consoles_carry_bytes_unchanged(host: VmHost, linux: Machine, tmp_path: Path) -> None:
+def test_consoles_carry_bytes_unchanged(
+    host: VmHost, linux: Machine, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Long lines both ways through both drivers, beside a console that never reads, a file and a pty."""
     vm = host.start(
         linux(
@@ -35,6 +38,7 @@ def test_consoles_carry_bytes_unchanged(host: VmHost, linux: Machine, tmp_path: 
         stuck.connect(str(vm.run_dir / "console-hvc0.sock"))
         serial.wait_ready()
         hvc.wait_ready()
+        record_property(GUEST_UNAME, serial.check("uname -a"))
         for agent in (serial, hvc):
             # Longer than the tty's 4096 bytes: the driver throttles, and the rest waits in the sidecar and here.
             blob = os.urandom(2200).hex()
