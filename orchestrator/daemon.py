@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import socket
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from motorcade.orchestrator import lifeline
 from motorcade.orchestrator.errors import EXIT_ERROR, EXIT_OK, UserError
-from motorcade.orchestrator.rundir import RunDir
 
 if TYPE_CHECKING:
     from motorcade.orchestrator.machine import Machine
+    from motorcade.orchestrator.rundir import RunDir
 
 _MAX_ORDER = 1 << 20  # bytes
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """The VM that vmmctl wants. ``config``: the path of machine.yaml, for people."""
 
     machine: Machine
@@ -42,6 +39,8 @@ def fork() -> tuple[int, socket.socket]:
             status = main(theirs)
         except BaseException as e:
             # Whatever it is, vmmctl must hear of it; the traceback is in the log, if there is one by now.
+            import logging
+
             logging.getLogger("motorcade.supervisor").exception("the supervisor ends")
             what = f"the supervisor failed: {type(e).__name__}: {e}"
             lifeline.send(theirs, event="failed", message=what, status=EXIT_ERROR)
@@ -70,6 +69,8 @@ def main(line: socket.socket) -> int:
     order = receive(line)
     if order is None:
         return EXIT_OK
+    from motorcade.orchestrator.rundir import RunDir
+
     machine = order.machine
     try:
         sockets = tuple(f"console-{c.id}.sock" for c in machine.consoles)
@@ -140,6 +141,8 @@ def raise_nofile() -> None:
 
 def start_log(run: RunDir, level: str) -> None:
     """log/supervisor.log, JSON lines; also stderr, for Python's last words."""
+    import logging
+
     from motorcade.sidecars.log import JsonFormatter
 
     fd = run.open_log("supervisor")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from motorcade.orchestrator import rundir
 from motorcade.orchestrator.errors import EXIT_NOT_FOUND, UserError
+
+if TYPE_CHECKING:
+    from motorcade.orchestrator import rundir
 
 
 def find(name: str) -> rundir.Vm:
     """The VM of that name, living or ended. Errors: UserError, with the names that there are."""
+    import difflib
+
+    from motorcade.orchestrator import rundir
+
     if vm := rundir.find(name):
         return vm
     names = [vm.name for vm in rundir.vms(ended=True)]
