@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -36,9 +37,11 @@ class Vm:
         self.name = parsed.name
         self.run_dir = run_dir / self.name
         daemon.preload()  # once, here: a fork then has it all
-        self.pid, self.line = daemon.fork()
+        with _without_log_handlers():
+            self.pid, self.line = daemon.fork()
         daemon.start(self.line, daemon.Order(parsed, str(file), "kvm", paused))
         self._reaped = False
+        self._agents: list[Agent] = []
         try:
             self.started = self.await_event("started")
             self.await_event("running")
@@ -58,8 +61,10 @@ class Vm:
             assert message["event"] == "progress", message
 
     def console(self, device: str = "ttyS0") -> Agent:
-        """The agent in the guest on this console."""
-        return Agent.connect(self.run_dir / f"console-{device}.sock")
+        """The agent in the guest on this console; closed with the VM."""
+        agent = Agent.connect(self.run_dir / f"console-{device}.sock")
+        self._agents.append(agent)
+        return agent
 
     def qmp(self) -> QmpClient:
         """A new QMP connection."""
@@ -82,11 +87,23 @@ class Vm:
 
     def close(self) -> None:
         """Ends it, if it has not ended."""
+        for agent in self._agents:
+            agent.close()
         self.line.shutdown(socket.SHUT_RDWR)
         self.line.close()
         if not self._reaped:
             os.waitpid(self.pid, 0)
             self._reaped = True
+
+
+@contextlib.contextmanager
+def _without_log_handlers() -> Iterator[None]:
+    """pytest's have descriptors that the child has closed when it sets up its own log."""
+    handlers, logging.root.handlers = logging.root.handlers, []
+    try:
+        yield
+    finally:
+        logging.root.handlers = handlers
 
 
 class VmHost:
