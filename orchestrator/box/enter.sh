@@ -69,5 +69,6 @@ echo $$ > "/run/box/runs/$id"
 cd "$dir" || fail "$dir: the box cannot see this directory"
 # A shell waits for the command, since ssh reports an exit status and loses the number of a signal.
 trap : HUP INT QUIT TERM USR1 USR2
-"$@"
+# By env(1), since this shell would take its own applet for any name that it has one of.
+/usr/bin/env "$@"
 exit $?
