@@ -46,6 +46,7 @@ def open_nic(ns: NetNs, pairs: int = 1, mtu: int = 0, name: str = "t0") -> tuple
     # The guest's address is known, so that no ARP comes between.
     ns.ip("neigh", "add", GUEST, "lladdr", GUEST_MAC.hex(":"), "dev", name)
     taps = ns.call(netbackend.open_tap, name, pairs)
+    ns.wait_carrier(name)
     return Nic("tap", {f"tap.{i}": fd for i, fd in enumerate(taps)}, pairs=pairs, mtu=mtu), taps
 
 
@@ -430,6 +431,7 @@ def test_a_tap_that_is_down_costs_packets_only(ns: NetNs, nic: Nic) -> None:
     nic.send(frame)
     assert nic.counters()["tx_dropped_backend"] == 1
     ns.ip("link", "set", "t0", "up")
+    ns.wait_carrier()
     with bound(ns, 5000) as sock:
         nic.send(frame)
         assert sock.recv(10) == b"x"

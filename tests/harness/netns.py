@@ -6,6 +6,7 @@ import ctypes
 import os
 import socket as sockets
 import subprocess
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,6 +51,13 @@ class NetNs:
         self.ip("tuntap", "add", name, "mode", "tap", *(["multi_queue"] if multi_queue else []))
         self.ip("addr", "add", address, "dev", name)
         self.ip("link", "set", name, "up")
+
+    def wait_carrier(self, name: str = "t0", timeout: float = 20.0) -> None:
+        """Until the kernel lets packets out to a tap that was just opened: up to a second later, since it handles
+        carrier changes in batches, and drops what is sent before."""
+        deadline = time.monotonic() + timeout
+        while " state UP " not in self.ip("-o", "link", "show", name):
+            assert time.monotonic() < deadline, f"{name} has no carrier after {timeout} s"
 
     def socket(self, *args: int) -> sockets.socket:
         """A socket inside; the caller closes it."""
