@@ -124,16 +124,9 @@ class Resources:
         self.devices.append(device)
 
     def _open_kernel(self, progress: Callable[[str], None]) -> None:
-        from motorcade.core.boot.error import BootError
-        from motorcade.core.boot.unpack import prepare_kernel
-
         kernel = self.machine.kernel
         progress(f"unpacking {kernel.image}")
-        try:
-            path = prepare_kernel(Path(kernel.image), cache_dir())
-        except BootError as e:
-            raise UserError(f"kernel: {e}") from None
-        self.core["kernel"] = self._own(_open(path, os.O_RDONLY, "kernel"))
+        self.core["kernel"] = self._own(_open(unpacked_kernel(kernel.image), os.O_RDONLY, "kernel"))
         if kernel.initrd is not None:
             self.core["initrd"] = self._own(_open(kernel.initrd, os.O_RDONLY, "initrd"))
 
@@ -258,6 +251,17 @@ def uart_ring_size() -> int:
     from motorcade.core._native import ffi
 
     return int(ffi.sizeof("struct mc_uart_ring"))
+
+
+def unpacked_kernel(image: str) -> Path:
+    """``image``, or its unpacked kernel in the cache. Errors: UserError for one that is damaged; OSError."""
+    from motorcade.core.boot.error import BootError
+    from motorcade.core.boot.unpack import prepare_kernel
+
+    try:
+        return prepare_kernel(Path(image), cache_dir())
+    except BootError as e:
+        raise UserError(f"kernel: {e}") from None
 
 
 def cache_dir() -> Path:
