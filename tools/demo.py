@@ -214,13 +214,14 @@ consoles:
         if self.place.in_box:
             # The box sees this folder as it is now, below its mount of the host's tree.
             source = Path(f"/run/box/live{source}")
-        self.place.sh(f"/bin/busybox nc {self.subnet}.2 5000 < {shlex.quote(str(source))}")
+        self.place.sh(f"socat -u {shlex.quote(f'OPEN:{source},rdonly')} TCP:{self.subnet}.2:5000")
         self.wait_in_guest("[ -e /tmp/state ]")
         received = self.guest("sha256sum /tmp/received").split()[0]
         self.guest("rm /tmp/state; (nc -l -p 5000 < /tmp/received > /dev/null 2>&1 &)")
         self.await_listener()
-        back = self.place.sh(f"/bin/busybox nc {self.subnet}.2 5000 < /dev/null | sha256sum").split()[0]
-        return f"2 MiB there: {received[:16]}..., back: {back[:16]}...", sent == received == back
+        back = self.place.sh(f"socat -u TCP:{self.subnet}.2:5000 STDOUT | sha256sum").split()[0]
+        seen = f"2 MiB sent: {sent[:12]}..., received: {received[:12]}..., sent back: {back[:12]}..."
+        return seen, sent == received == back
 
     def await_listener(self) -> None:
         self.wait_in_guest("netstat -ltn | grep -q :5000")
