@@ -8,6 +8,7 @@ in place; ``setup.py`` builds them all. ``MOTORCADE_SANITIZE=address,undefined``
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from cffi import FFI
@@ -17,8 +18,12 @@ ROOT = HERE.parent.parent
 LIBRARIES = {"blk": ["uring"], "net": ["uring"], "serial": []}
 
 
-def builder(kind: str) -> FFI:
-    """The builder of ``motorcade.sidecars._KIND``."""
+def builder(kind: str, relative_to: Path | None = ROOT) -> FFI:
+    """The builder of ``motorcade.sidecars._KIND``; setuptools wants paths relative to the project's root."""
+
+    def path(p: Path) -> str:
+        return os.path.relpath(p, relative_to) if relative_to else str(p)
+
     names = ["virtqueue", "sandbox", kind]
     sources = sorted({p for name in names for p in HERE.glob(f"{name}*.c")})
     ffi = FFI()
@@ -32,26 +37,29 @@ def builder(kind: str) -> FFI:
     ffi.set_source(
         f"motorcade.sidecars._{kind}",
         "".join(f'#include "{name}.h"\n' for name in names),
-        sources=[os.path.relpath(p, ROOT) for p in sources],
-        depends=[os.path.relpath(p, ROOT) for p in sorted(HERE.glob("*.h"))],
-        include_dirs=[os.path.relpath(HERE, ROOT), "core/native"],
+        sources=[path(p) for p in sources],
+        depends=[path(p) for p in sorted(HERE.glob("*.h"))],
+        include_dirs=[path(HERE), path(ROOT / "core" / "native")],
         libraries=LIBRARIES[kind],
         extra_compile_args=flags,
         extra_link_args=link,
+        py_limited_api=True,  # as setuptools does by itself: both ways then make a file of one name
     )
     return ffi
 
 
-def build_in_place(kind: str) -> None:
-    """Compiles one kind below build/ and moves the extension to where Python finds it."""
-    os.chdir(ROOT)
-    # The generated C file's sources are relative to the root; distutils keeps that shape below tmpdir.
-    out = Path(builder(kind).compile(tmpdir=".", verbose=False))
-    target = ROOT / "sidecars" / out.name
-    if out.resolve() != target.resolve():
-        shutil.move(out, target)
-    for name in [f"_{kind}.c", f"_{kind}.o"]:
-        (ROOT / "sidecars" / name).unlink(missing_ok=True)
+def build_in_place(kind: str, target_dir: Path = ROOT / "sidecars") -> Path:
+    """Compiles one kind aside and renames it to where Python finds it: running processes keep the old one, two builds
+    at once do not meet, and no object file is left in the tree."""
+    with tempfile.TemporaryDirectory(prefix="motorcade-build-") as scratch:
+        built = Path(builder(kind, relative_to=None).compile(tmpdir=scratch, verbose=False))
+        target = target_dir / built.name
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copy2(built, beside)
+        beside.replace(target)
+    for stale in set(target_dir.glob(f"_{kind}.*.so")) - {target}:
+        stale.unlink()  # Python may prefer it to the new one
+    return target
 
 
 blk = net = serial = None
