@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from bench import report, vhost_user
 from harness.disk import Disk
 from harness.driver import Memory
-
 from motorcade.proto import messages as m
 
 ROOT = Path(__file__).resolve().parents[1]
