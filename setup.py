@@ -8,5 +8,6 @@ setup(
         "sidecars/native/build.py:blk",
         "sidecars/native/build.py:net",
         "sidecars/native/build.py:serial",
-    ]
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},  # so are the C parts built: one wheel for 3.11 and later
 )
