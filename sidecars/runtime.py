@@ -81,7 +81,7 @@ def open_log(fd: int | None, boot: Boot) -> None:
 
 
 def open_device(device_class: type[Device], boot: Boot, fds: dict[str, int]) -> Device:
-    """Maps guest memory, whose descriptor is closed then, and opens the backend."""
+    """Maps guest memory and opens the backend."""
     from motorcade.proto.memory import GuestMemory
 
     fd = fds.pop("memory")
@@ -138,6 +138,8 @@ class Sidecar:
         self._activated = False
         self._broken: set[int] = set()  # queues announced since the activation
         self._config = device.config
+        self._ending = False
+        self._selector = selectors.DefaultSelector()
 
     def loop(self) -> int:
         """Until shutdown, SIGTERM, or the supervisor's death. Returns the exit status."""
@@ -148,19 +150,19 @@ class Sidecar:
         log.info("welcomed by the core")
         if self.device.always_on:
             self.start()
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.client.fileno(), selectors.EVENT_READ, self.on_control)
-            selector.register(self.boot_socket, selectors.EVENT_READ, self.on_boot_socket)
-            selector.register(self.device.event_fd, selectors.EVENT_READ, self.on_device_event)
-            selector.register(self._done_fd, selectors.EVENT_READ, self.on_stopped)
-            selector.register(self._term_fd, selectors.EVENT_READ, self.on_term)
-            for fd, callback in self.device.fileno_events().items():
-                selector.register(fd, selectors.EVENT_READ, lambda callback=callback: self.on_kind_event(callback))
-            while self.exit_status is None:
-                for key, _ in selector.select():
-                    key.data()
-                    if self.exit_status is not None:
-                        break
+        register = self._selector.register
+        register(self.client.fileno(), selectors.EVENT_READ, self.on_control)
+        register(self.boot_socket, selectors.EVENT_READ, self.on_boot_socket)
+        register(self.device.event_fd, selectors.EVENT_READ, self.on_device_event)
+        register(self._done_fd, selectors.EVENT_READ, self.on_stopped)
+        register(self._term_fd, selectors.EVENT_READ, self.on_term)
+        for fd, callback in self.device.fileno_events().items():
+            register(fd, selectors.EVENT_READ, lambda callback=callback: self.on_kind_event(callback))
+        while self.exit_status is None:
+            for key, _ in self._selector.select():
+                key.data()
+                if self.exit_status is not None:
+                    break
         self.client.close(linger=1.0)  # the answer to shutdown is still to go out
         return self.exit_status
 
@@ -169,8 +171,7 @@ class Sidecar:
     def on_control(self) -> None:
         """Messages of the core, whose end is this sidecar's."""
         if not self.client.process(self.on_message) and self.exit_status is None:
-            log.warning("the core is gone")
-            self.end()
+            self.end("the core is gone")
 
     def on_boot_socket(self) -> None:
         """The supervisor has nothing to say to a sidecar but its own end."""
@@ -178,14 +179,13 @@ class Sidecar:
 
         _, alive = drain_life(self.boot_socket)
         if not alive:
-            log.warning("the supervisor is gone")
-            self.end()
+            self._selector.unregister(self.boot_socket)  # its end of file would be news again and again
+            self.end("the supervisor is gone")
 
     def on_term(self) -> None:
         """SIGTERM."""
         os.eventfd_read(self._term_fd)
-        log.info("SIGTERM")
-        self.end()
+        self.end("SIGTERM")
 
     def on_device_event(self) -> None:
         """The C loop has something to announce."""
@@ -249,8 +249,12 @@ class Sidecar:
         for callback in then:
             callback()
 
-    def end(self) -> None:
-        """Flushes, closes and leaves, unasked by the core."""
+    def end(self, reason: str) -> None:
+        """Flushes, closes and leaves, unasked by the core. Once: one such end brings others with it."""
+        if self._ending:
+            return
+        self._ending = True
+        log.warning("ending: %s", reason)
 
         def close() -> None:
             self.device.close()

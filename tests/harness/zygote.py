@@ -42,7 +42,10 @@ class Zygote:
         self._socket.settimeout(30)
 
     def spawn(self, kind: str, boot_socket: socket.socket) -> Child:
-        """Forks a sidecar of ``kind``. Its end of ``boot_socket`` is a copy; close yours."""
+        """Forks a sidecar of ``kind``, a name such as blk or MODULE:CLASS. Its end of ``boot_socket`` is a copy; close
+        yours."""
+        if ":" not in kind:
+            kind = f"motorcade.sidecars.{kind}.device:{kind.capitalize()}Device"
         status, theirs = os.pipe2(os.O_CLOEXEC)
         try:
             socket.send_fds(self._socket, [kind.encode()], [boot_socket.fileno(), theirs])
@@ -96,8 +99,8 @@ def serve(sock: socket.socket) -> None:
                         os.kill(pid, signal.SIGKILL)
                     return
                 boot_fd, pipe = fds
-                module = importlib.import_module(f"motorcade.sidecars.{request.decode()}.device")
-                device_class = getattr(module, f"{request.decode().capitalize()}Device")
+                module, _, name = request.decode().rpartition(":")
+                device_class = getattr(importlib.import_module(module), name)
                 if (pid := os.fork()) == 0:
                     selector.close()
                     sock.close()
