@@ -8,7 +8,6 @@ state=/run/box/live$BOX_DIR
 trap 'echo "box: start-up failed (rc)"; $bb poweroff -f' EXIT
 
 $bb mkdir -p /dev/pts /dev/shm /run/lock /run/sshd /run/box/runs /run/box/fresh
-: > /run/box/shares
 $bb mount -t devpts -o mode=620,gid=5,ptmxmode=666 devpts /dev/pts
 $bb mount -t tmpfs -o mode=1777 shm /dev/shm
 $bb mount -t cgroup2 -o nsdelegate cgroup2 /sys/fs/cgroup

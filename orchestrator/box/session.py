@@ -74,7 +74,7 @@ def remote_command(
     fresh: Iterable[Path] = (),
 ) -> str:
     """The shell command that sshd runs for ``argv`` (see enter.sh)."""
-    words = ["exec", "/run/box/enter", run_id, str(cwd)]
+    words = ["exec", "/run/box/busybox", "unshare", "-m", "/run/box/enter", run_id, str(cwd)]
     words += [f"fresh:{path}" for path in fresh]
     words += [f"share:{path}" for path in shares]
     words += [f"{name}={value}" for name, value in env.items() if name.isidentifier()]
