@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class GuestMemory:
         ]
         for m in self._maps:
             m.madvise(mmap.MADV_DONTDUMP)
+            _use_huge_pages(m)
 
     def host_address(self, index: int) -> int:
         """Where region ``index`` is mapped in this process."""
@@ -67,3 +69,13 @@ class GuestMemory:
     def size(self) -> int:
         """Bytes of RAM."""
         return sum(r.size for r in self.regions)
+
+
+def _use_huge_pages(mapping: mmap.mmap) -> None:
+    """Lets a guest's first touches cost one fault in 2 MiB instead of 512, where the host allows it for memfds
+    (/sys/kernel/mm/transparent_hugepage/shmem_enabled: advise); booting Linux touches some 17000 pages."""
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # a kernel built without them
+            raise
