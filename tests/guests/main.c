@@ -1,12 +1,14 @@
 /*
  * A micro-guest that does what its command line says, one word after the other: NAME or NAME=ARGUMENT. After the
- * last one it sleeps for good. What it prints ends in "\n".
+ * last one it sleeps for good. What it prints ends in "\n". A command line holds 2047 bytes; the word initrd goes on
+ * with those in the initrd, which ends in a NUL.
  */
 #include "guest.h"
 
 #include <linux/serial_reg.h>
 #include <linux/virtio_mmio.h>
 
+struct module { uint64_t paddr, size, cmdline, reserved; };
 struct start_info { uint32_t magic, version, flags, nr_modules; uint64_t modules, cmdline, rsdp, memmap; uint32_t entries; };
 struct gate { uint16_t low, selector; uint8_t ist, type; uint16_t middle; uint32_t high, zero; };
 
@@ -14,15 +16,26 @@ extern struct gate idt[256];
 extern char gate_call[], gate_irq[], gate_spurious[];
 
 static uint32_t slot;	/* of the virtio-mmio device that the mmio words talk to */
+static const char *word;	/* the next one to do */
+static const struct start_info *boot;
 static volatile uint32_t ap_alive;
 
 static uint64_t number(const char *s)
 {
 	uint64_t v = 0;
 
-	for (; *s > ' '; s++)
+	for (; *s >= '0' && *s <= '9'; s++)
 		v = v * 10 + (*s - '0');
 	return v;
+}
+
+/* FIRST:SECOND; returns the second's text */
+static const char *pair(const char *arg, uint64_t *first)
+{
+	*first = number(arg);
+	while (*arg++ != ':')
+		;
+	return arg;
 }
 
 static void sleep_for_good(void)
@@ -158,11 +171,10 @@ static void do_pio(const char *arg)
 /* out=PORT:VALUE, a byte. Powers off by out=1540:52, resets by out=100:254 (core/pm.py) */
 static void do_out(const char *arg)
 {
-	uint16_t port = 0;
+	uint64_t port;
+	const char *value = pair(arg, &port);
 
-	for (; *arg != ':'; arg++)
-		port = port * 10 + (*arg - '0');
-	outb(port, number(arg + 1));
+	outb(port, number(value));
 }
 
 static void do_slot(const char *arg)
@@ -180,14 +192,25 @@ static void do_peek(const char *arg)
 /* poke=OFFSET:VALUE */
 static void do_poke(const char *arg)
 {
-	const char *value = arg;
+	uint64_t offset;
+	const char *value = pair(arg, &offset);
 
-	while (*value++ != ':')
-		;
-	uint32_t offset = 0;
-	for (const char *s = arg; *s != ':'; s++)
-		offset = offset * 10 + (*s - '0');
 	write32(VIRTIO_MMIO(slot) + offset, number(value));
+}
+
+/* store=ADDRESS:VALUE and load=ADDRESS, 32 bits of memory */
+static void do_store(const char *arg)
+{
+	uint64_t address;
+	const char *value = pair(arg, &address);
+
+	write32(address, number(value));
+}
+
+static void do_load(const char *arg)
+{
+	put_hex(read32(number(arg)));
+	put('\n');
 }
 
 /* wide=OFFSET: accesses of 1, 2 and 8 bytes */
@@ -299,19 +322,26 @@ static void do_smp(const char *arg)
 	put('\n');
 }
 
+/* initrd: goes on with the words in the first module */
+static void do_initrd(const char *arg)
+{
+	(void)arg;
+	word = (const char *)((const struct module *)boot->modules)->paddr;
+}
+
 static const struct { const char *name; void (*run)(const char *arg); } words[] = {
 	{ "print", do_print }, { "fill", do_fill }, { "flood", do_flood }, { "count", do_count }, { "spin", do_spin },
 	{ "echo", do_echo }, { "echoirq", do_echoirq }, { "txirq", do_txirq }, { "pio", do_pio }, { "slot", do_slot },
 	{ "peek", do_peek }, { "poke", do_poke }, { "wide", do_wide }, { "irq", do_irq }, { "await", do_await },
 	{ "isr", do_isr }, { "kicks", do_kicks }, { "fault", do_fault }, { "bad", do_bad }, { "smp", do_smp },
-	{ "cpuid", do_cpuid_word }, { "out", do_out },
+	{ "cpuid", do_cpuid_word }, { "out", do_out }, { "store", do_store }, { "load", do_load }, { "initrd", do_initrd },
 };
 
-static const char *match(const char *word, const char *name)
+static const char *match(const char *text, const char *name)
 {
-	while (*name && *word == *name)
-		word++, name++;
-	return *name ? NULL : *word == '=' ? word + 1 : *word <= ' ' ? word : NULL;
+	while (*name && *text == *name)
+		text++, name++;
+	return *name ? NULL : *text == '=' ? text + 1 : *text <= ' ' ? text : NULL;
 }
 
 static void set_gate(unsigned vector, char *handler, uint8_t type)
@@ -323,20 +353,23 @@ static void set_gate(unsigned vector, char *handler, uint8_t type)
 
 void guest_main(struct start_info *info)
 {
-	const char *word = (const char *)info->cmdline;
-
+	boot = info;
+	word = (const char *)info->cmdline;
 	set_gate(6, gate_call, 0x8e);
 	set_gate(IRQ_VECTOR, gate_irq, 0x8e);
 	set_gate(0xff, gate_spurious, 0x8e);
 	for (;;) {
-		const char *arg = NULL;
+		const char *arg = NULL, *this;
 
-		while (*word == ' ')
+		while (*word && *word <= ' ')
 			word++;
 		if (!*word)
 			sleep_for_good();
+		this = word;
+		while (*word > ' ')
+			word++;
 		for (unsigned i = 0; i < sizeof(words) / sizeof(words[0]); i++) {
-			arg = match(word, words[i].name);
+			arg = match(this, words[i].name);
 			if (arg) {
 				words[i].run(arg);
 				break;
@@ -344,7 +377,5 @@ void guest_main(struct start_info *info)
 		}
 		if (!arg)
 			puts("what?\n");
-		while (*word > ' ')
-			word++;
 	}
 }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from harness import microguest
 from harness.microvm import MicroVm
+from harness.vmmctl import Host
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -32,3 +35,16 @@ def micro_vm() -> Iterator[Callable[..., MicroVm]]:
     yield make
     for vm in made:
         vm.close()
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    """vmmctl, with a run directory of the test's own."""
+    with Host() as h:
+        yield h
+
+
+@pytest.fixture(scope="module")
+def guest() -> Path:
+    """The micro-guest's ELF file."""
+    return microguest.build()
