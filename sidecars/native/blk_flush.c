@@ -34,14 +34,6 @@ static void finish(struct mc_blk *b)
 		begin(b);
 }
 
-/* A system call's result as an errno: a short write of the map can only be for want of space. */
-static int failure(const struct blk_op *op, int64_t res)
-{
-	if (res < 0)
-		return -res;
-	return (uint64_t)res < op->len ? ENOSPC : 0;
-}
-
 static void submit_sync(struct mc_blk *b, void (*done)(struct mc_blk *, struct blk_op *, int64_t))
 {
 	struct blk_op *op = &b->flush.sync;
@@ -65,7 +57,7 @@ static void map_synced(struct mc_blk *b, struct blk_op *op, int64_t res)
 {
 	if (again(b, op, res))
 		return;
-	b->flush.error = failure(op, res);
+	b->flush.error = res < 0 ? -res : 0;
 	/* The kernel forgets pages that it could not write: a later success would mean nothing. */
 	if (b->flush.error)
 		b->ov.lost = true;
@@ -77,14 +69,20 @@ static bool submit_page(struct mc_blk *b, struct blk_op *op);
 static void page_written(struct mc_blk *b, struct blk_op *op, int64_t res)
 {
 	struct blk_flush *f = &b->flush;
-	int err;
 
 	if (again(b, op, res))
 		return;
+	if (res > 0 && (uint64_t)res < op->len) {
+		op->off += res;
+		op->len -= res;
+		op->one.iov_base = (uint8_t *)op->one.iov_base + res;
+		op->one.iov_len -= res;
+		blk_submit(b, op);
+		return;
+	}
 	f->inflight--;
-	err = failure(op, res);
-	if (err && !f->error)
-		f->error = err;
+	if (res <= 0 && !f->error)
+		f->error = res ? -res : EIO;
 	if (!f->error && submit_page(b, op))
 		return;
 	if (f->inflight)
@@ -127,7 +125,7 @@ static void data_synced(struct mc_blk *b, struct blk_op *op, int64_t res)
 
 	if (again(b, op, res))
 		return;
-	f->error = failure(op, res);
+	f->error = res < 0 ? -res : 0;
 	if (!blk_has_overlay(b)) {
 		finish(b);
 		return;

@@ -252,7 +252,7 @@ static void fallocate_done(struct mc_blk *b, struct blk_op *op, int64_t res)
 	struct blk_req *r = op->req;
 
 	r->inflight--;
-	if (res == -EINTR) {
+	if (res == -EINTR || res == -EAGAIN) {
 		r->inflight++;
 		blk_submit(b, op);
 		return;

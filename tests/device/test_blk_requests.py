@@ -342,7 +342,7 @@ def test_no_interrupt_is_respected(image: Path) -> None:
             q.submit([header(IN, i)], [512, 1])
         q.kick()
         # With its queue stopped the device has published everything; the answer to the reset comes after that.
-        disk.wait_until(lambda: q.used_idx == 10, "ten used entries")
+        disk.poll_until(lambda: q.used_idx == 10, "ten used entries")
         disk.ask(m.Reset())
         assert not q.wait_interrupt(0)
         assert disk.interrupt_status == 0

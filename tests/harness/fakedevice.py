@@ -13,7 +13,8 @@ from motorcade.sidecars.device import BrokenQueue, Device, QueueConfig
 
 class FakeDevice(Device):
     """``refuse``: does not start; ``crash``: run() raises; ``return``: run() returns unasked; ``stuck``: run() goes on
-    after stop() until something is written to the descriptor ``pipe``; ``close-fails``; ``uart``: always on, and no virtio device."""
+    after stop() until the descriptor ``pipe`` is written to; ``close-fails``; ``uart``: always on, and no virtio
+    device."""
 
     ffi, lib = _blk.ffi, _blk.lib
 

@@ -123,12 +123,24 @@ class Sidecar:
         self.process()
         while not done():
             if self.exit_status is not None:
+                # What it sent last may still be on its way through ZeroMQ's thread.
+                if select.select([self.server.fileno()], [], [], 1)[0]:
+                    self.server.process()
+                    continue
                 raise SidecarGone(f"waiting for {what}: status {self.exit_status}, {self.stopped}\n{self.log_tail()}")
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"waiting for {what}: nothing in {timeout} s\n{self.log_tail()}")
             select.select([self.server.fileno(), self.boot_socket.fileno(), self._child.status], [], [], left)
             self.process()
+
+    def poll_until(self, done: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:
+        """For what the sidecar does not announce: looks again after each answer of its main thread. TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waiting for {what}: not in {timeout} s\n{self.log_tail()}")
+            self.stats()
 
     def process(self) -> None:
         """Takes what has arrived from the sidecar, without waiting."""
@@ -243,13 +255,17 @@ class Sidecar:
         lines = self.log_path.read_text(errors="replace").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
+    def ping_until(self, done: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:
+        """Waits for what this process is not told of, such as a change of guest memory."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waiting for {what}: nothing in {timeout} s\n{self.log_tail()}")
+            self.ask(m.Ping())
+
     def wait_log(self, text: str, timeout: float = TIMEOUT) -> None:
         """Waits for a line in the log. A sidecar that answers has logged what it saw before."""
-        deadline = time.monotonic() + timeout
-        while text not in self.log_path.read_text(errors="replace"):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no {text!r} in the log after {timeout} s\n{self.log_tail()}")
-            self.ask(m.Ping())
+        self.ping_until(lambda: text in self.log_path.read_text(errors="replace"), f"{text!r} in the log", timeout)
 
     def log_tail(self, size: int = 4000) -> str:
         """The end of its log, for messages."""
