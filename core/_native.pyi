@@ -1,4 +1,4 @@
-"""The core's C parts: KVM's ioctls and structures, the vCPU exit loop, the 16550 (native/*.h). cffi's objects are Any."""
+"""The core's C parts: KVM's ioctls and structures, the vCPU exit loop, the 16550 (native/*.h). cffi objects are Any."""
 
 from typing import Any
 

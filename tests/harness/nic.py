@@ -174,12 +174,8 @@ class Nic:
         return {c.name: c.value for c in self.sidecar.stats().detail}
 
     def poll_until(self, done: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
-        """For what the sidecar does not announce: looks again after each answer of its main thread. TimeoutError."""
-        deadline = time.monotonic() + timeout
-        while not done():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"waiting for {what}: not in {timeout} s\n{self.sidecar.log_tail()}")
-            self.sidecar.stats()
+        """See Sidecar.poll_until."""
+        self.sidecar.poll_until(done, what, timeout)
 
     @property
     def link_up(self) -> bool:

@@ -8,30 +8,17 @@ import socket
 import subprocess
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import microguest
 from harness.vmmctl import DEADLINE, Host, gone, write_machine
 
 pytestmark = pytest.mark.kvm
 
 POWER_OFF = "out=1540:52"  # to the ACPI sleep control register (core/pm.py)
 LEAVE = b"\x1d"
-
-
-@pytest.fixture
-def host() -> Iterator[Host]:
-    with Host() as h:
-        yield h
-
-
-@pytest.fixture(scope="module")
-def guest() -> Path:
-    return microguest.build()
 
 
 class Terminal:

@@ -9,12 +9,10 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from harness import microguest
 from harness.vmmctl import Host, gone, write_machine
 from motorcade.orchestrator import resources, rundir
 from motorcade.orchestrator.errors import UserError
@@ -24,17 +22,6 @@ pytestmark = pytest.mark.kvm
 
 POWER_OFF = "out=1540:52"  # to the ACPI sleep control register (core/pm.py)
 WAIT_FOR_BUTTON = "irq=9 await=1"  # the ACPI event device's line
-
-
-@pytest.fixture
-def host() -> Iterator[Host]:
-    with Host() as h:
-        yield h
-
-
-@pytest.fixture(scope="module")
-def guest() -> Path:
-    return microguest.build()
 
 
 def test_a_guest_that_powers_off(host: Host, guest: Path, tmp_path: Path) -> None:
