@@ -22,7 +22,7 @@ _TSS = 0xFFFB_D000
 # What every path of this program relies on. All are older than the kernels whose headers we build with.
 _REQUIRED = (
     "IRQCHIP", "USER_MEMORY", "SET_TSS_ADDR", "SET_IDENTITY_MAP_ADDR", "EXT_CPUID", "MP_STATE", "IRQFD", "IOEVENTFD",
-    "VCPU_EVENTS", "DEBUGREGS", "XSAVE", "XCRS", "ADJUST_CLOCK", "TSC_DEADLINE_TIMER", "IMMEDIATE_EXIT",
+    "VCPU_EVENTS", "DEBUGREGS", "XSAVE", "ADJUST_CLOCK", "TSC_DEADLINE_TIMER", "IMMEDIATE_EXIT",
 )  # fmt: skip
 
 # One component's saved state: its name and the kernel's structure as bytes.

@@ -133,7 +133,10 @@ class Vcpu:
 
     def save(self) -> list[Record]:
         """Everything that KVM keeps of this vCPU."""
-        records = [(name, bytes(ffi.buffer(self._get(name)))) for name in _FIXED]
+        # A processor without XSAVE has no XCR0 (and KVM no request for it); its FXSAVE state is in "xsave" all the same.
+        has_xcrs = call("KVM_CHECK_EXTENSION", self._vm.fd, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_XCRS)
+        fixed = [name for name in _FIXED if name != "xcrs" or has_xcrs]
+        records = [(name, bytes(ffi.buffer(self._get(name)))) for name in fixed]
         records.append(("xsave", bytes(ffi.buffer(self._xsave(read=True)))))
         records.append(("msrs", _msr_record(self.get_msrs(sorted({*self._vm.kvm.msr_indices, *_MTRRS})))))
         return records
