@@ -133,7 +133,7 @@ class Vcpu:
 
     def save(self) -> list[Record]:
         """Everything that KVM keeps of this vCPU."""
-        # A processor without XSAVE has no XCR0 (and KVM no request for it); its FXSAVE state is in "xsave" all the same.
+        # A processor without XSAVE has no XCR0 (and KVM no request for it); its FXSAVE state is in "xsave" too.
         has_xcrs = call("KVM_CHECK_EXTENSION", self._vm.fd, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_XCRS)
         fixed = [name for name in _FIXED if name != "xcrs" or has_xcrs]
         records = [(name, bytes(ffi.buffer(self._get(name)))) for name in fixed]
