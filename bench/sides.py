@@ -1,4 +1,4 @@
-"""Two ways to run one micro-guest with its 16550 on a pipe: ``vmmctl up`` and QEMU's microvm, both on /dev/kvm."""
+"""Two ways to run one guest with its 16550 on a pipe: ``vmmctl up`` and QEMU's microvm, both on /dev/kvm."""
 
 from __future__ import annotations
 
@@ -39,16 +39,24 @@ class Running:
 
 @contextlib.contextmanager
 def motorcade(
-    kernel: Path, cmdline: str, *, python: tuple[str, ...] = (), stderr: int | None = None
+    kernel: Path,
+    cmdline: str,
+    *,
+    initrd: Path | None = None,
+    memory: int = MEMORY,
+    cpus: int = 1,
+    python: tuple[str, ...] = (),
+    stderr: int | None = None,
 ) -> Iterator[Running]:
     """``vmmctl up`` in the foreground, its console on stdout; ``python``: options of the interpreter."""
     folder = Path(tempfile.mkdtemp(prefix="mc-bench-", dir="/tmp"))
     try:
         machine = {
             "name": "bench",
-            "memory": MEMORY,
+            "memory": memory,
+            "cpus": cpus,
             "accel": "kvm",
-            "kernel": {"image": str(kernel), "cmdline": cmdline},
+            "kernel": {"image": str(kernel), "cmdline": cmdline, **({"initrd": str(initrd)} if initrd else {})},
         }
         (folder / "machine.yaml").write_text(json.dumps(machine))
         run_dir = folder / "run"
@@ -68,12 +76,21 @@ def motorcade(
 
 
 @contextlib.contextmanager
-def qemu(kernel: Path, cmdline: str) -> Iterator[Running]:
-    """QEMU's leanest machine with the same devices: microvm, ISA serial port, nothing else."""
+def qemu(
+    kernel: Path,
+    cmdline: str,
+    *,
+    initrd: Path | None = None,
+    memory: int = MEMORY,
+    cpus: int = 1,
+    extra: tuple[str, ...] = (),
+) -> Iterator[Running]:
+    """QEMU's leanest machine with the same devices: microvm, ISA serial port, nothing else. ``extra``: options."""
     command = [
         "qemu-system-x86_64", "-M", "microvm,pit=off,pic=off,rtc=off,isa-serial=on", "-accel", "kvm",
-        "-m", str(MEMORY >> 20), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio",
-        "-kernel", str(kernel), "-append", cmdline,
+        "-m", str(memory >> 20), "-smp", str(cpus), "-nodefaults", "-no-user-config",
+        "-display", "none", "-serial", "stdio",
+        "-kernel", str(kernel), "-append", cmdline, *(("-initrd", str(initrd)) if initrd else ()), *extra,
     ]  # fmt: skip
     # Its warnings (CPU features that this KVM lacks) are of no interest here.
     with _run(command, None, dict(os.environ), subprocess.DEVNULL) as running:

@@ -53,7 +53,7 @@ class GuestMemory:
         """The bytes at ``gpa``; ValueError where any of them is not RAM. The guest may change them meanwhile."""
         for region, mapping in zip(self.regions, self._maps, strict=True):
             start = gpa - region.gpa
-            if 0 <= start and start + size <= region.size:
+            if start >= 0 and start + size <= region.size:
                 return memoryview(mapping)[start : start + size]
         raise ValueError(f"guest physical {gpa:#x}+{size:#x} is not RAM")
 
