@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from motorcade.proto import schema
 from motorcade.proto.schema import (
@@ -124,7 +123,8 @@ class ControlClient:
     def _next(self) -> Message | None:
         """The next message that can be read; None when there is none now."""
         while readable(self._monitor):
-            recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            # Whatever it says: _LOST is all that was asked for. (zmq.utils.monitor would import asyncio.)
+            self._monitor.recv_multipart(zmq.NOBLOCK)
             self.connected = False
         while True:
             parts = receive(self._dealer, 1)

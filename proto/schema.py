@@ -1,11 +1,11 @@
-"""The messages of messages.py to Cap'n Proto and back; the only importer of pycapnp.
+"""The messages of messages.py to Cap'n Proto and back; the only user of pycapnp (capnplib.py imports it, lightly).
 
 No capnp object leaves this module. pycapnp on hostile bytes is safe only when a message is opened by
 ``from_bytes`` with a traversal limit and read by named field; ``repr``, ``total_size``, ``as_builder``,
 ``to_dict`` and the packed forms abort the process on crafted input (measured), so nothing else is used. Each
 field is copied once, into a dataclass whose annotation says its bound.
 
-Importing this costs about 150 ms (pycapnp): import it late, or before the fork.
+Importing this costs some 50 ms (pycapnp): import it late, or before the fork.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
-import capnp
-
+from motorcade.proto.capnplib import capnp
 from motorcade.proto.memory import Region
 from motorcade.proto.messages import (
     MAX_CONFIG,
