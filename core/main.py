@@ -15,8 +15,8 @@ from motorcade.proto import boot as bootlink
 from motorcade.proto import messages
 from motorcade.proto.framing import ControlServer
 from motorcade.proto.memory import GuestMemory
+from motorcade.sidecars import log as logs
 from motorcade.sidecars import sandbox
-from motorcade.sidecars.log import JsonFormatter
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,4 @@ def run(boot_socket: socket.socket) -> int:
 def start_log(level: str) -> None:
     """JSON lines on stderr, which the supervisor has made the core's log file."""
     faulthandler.enable()
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter("core"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logs.start("core", level)

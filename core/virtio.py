@@ -250,7 +250,6 @@ class Device:
         with self._lock:
             if self.status & Status.NEEDS_RESET:
                 return
-            log.warning("%s: needs a reset: %s", self.id, reason)
             self.status |= Status.NEEDS_RESET
             if self.status & Status.DRIVER_OK:
                 self._interrupts.config_changed()

@@ -141,13 +141,10 @@ def raise_nofile() -> None:
 
 def start_log(run: RunDir, level: str) -> None:
     """log/supervisor.log, JSON lines; also stderr, for Python's last words."""
-    import logging
 
-    from motorcade.sidecars.log import JsonFormatter
+    from motorcade.sidecars import log as logs
 
     fd = run.open_log("supervisor")
     os.dup2(fd, 2)
     os.close(fd)
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter("supervisor"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logs.start("supervisor", level, limited=False)

@@ -69,15 +69,13 @@ def open_log(fd: int | None, boot: Boot) -> None:
     """Makes ``fd`` stderr, for the logging module, for Python's and C's last words, one JSON object a line."""
     import faulthandler
 
-    from motorcade.sidecars.log import JsonFormatter
+    from motorcade.sidecars import log as logs
 
     if fd is not None:
         os.dup2(fd, 2)
         os.close(fd)
     faulthandler.enable()
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter(device_id(boot)))
-    logging.basicConfig(level=boot.log_level.upper(), handlers=[handler], force=True)
+    logs.start(device_id(boot), boot.log_level)
 
 
 def open_device(device_class: type[Device], boot: Boot, fds: dict[str, int]) -> Device:
