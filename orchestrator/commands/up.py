@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import socket
 from typing import Any
 
@@ -49,8 +50,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """See the module."""
-    # Nothing slow is imported before the fork: the two go on side by side from there.
-    from motorcade.orchestrator import daemon
+    # Before the fork only what both need, once for the two: they go on side by side from there. The collector would
+    # look through all of it several times and find nothing.
+    gc.disable()
+    import pickle  # noqa: F401
+
+    from motorcade.orchestrator import daemon, machine, rundir  # noqa: F401
 
     pid, line = daemon.fork()
     try:
@@ -63,6 +68,8 @@ def _run(args: argparse.Namespace, pid: int, line: socket.socket) -> int:
     from motorcade.orchestrator import accel, config, daemon, hostcheck, rundir
     from motorcade.orchestrator.commands.foreground import Foreground, Reporter
 
+    gc.freeze()
+    gc.enable()
     machine, source = config.load(args.file, name=args.name, accel=args.accel)
     hostcheck.check(machine, source)
     # A VM of that name is the more likely mistake, and quicker to see, than what follows.
