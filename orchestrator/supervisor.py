@@ -30,7 +30,7 @@ from motorcade.proto.versions import PROTOCOL_VERSION
 log = logging.getLogger("motorcade.supervisor")
 
 START_TIMEOUT = 60.0  # seconds from the fork to `running`; imports are done before the fork
-END_TIMEOUT = 45.0  # seconds for the core to end the VM, whose sidecars flush (core/machine.py waits 40), before the kill
+END_TIMEOUT = 45.0  # seconds for the core to end the VM, which gives its sidecars 40 to flush, before the kill
 
 
 class Supervisor:
