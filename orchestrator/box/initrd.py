@@ -26,13 +26,22 @@ class InitrdError(UserError):
     """Something that the initramfs is made of is missing; the message names it."""
 
 
+def _scripts() -> dict[str, bytes]:
+    here = Path(__file__).resolve().parent
+    return {name: (here / f"{name}.sh").read_bytes() for name in SCRIPTS}
+
+
+def version() -> str:
+    """Tells boxes apart whose scripts differ: a running one keeps those that it was started with."""
+    return hashlib.sha256(b"".join(_scripts().values())).hexdigest()[:16]
+
+
 def ensure_initrd(kernel: Kernel) -> Path:
     """The box's initramfs for this kernel, from the cache where nothing it is made of has changed."""
     if not BUSYBOX.is_file():
         raise InitrdError(f"{BUSYBOX} is missing: apt-get install busybox-static")
-    here = Path(__file__).resolve().parent
     modules = kernel.module_files(MODULES)
-    scripts = {name: (here / f"{name}.sh").read_bytes() for name in SCRIPTS}
+    scripts = _scripts()
     key = hashlib.sha256(b"".join(scripts.values()) + Path(__file__).read_bytes())
     for path in [BUSYBOX, *modules]:
         status = path.stat()

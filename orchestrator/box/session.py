@@ -20,8 +20,8 @@ from motorcade.orchestrator.box.vm import Box, BoxError, find_box
 
 CARRIED = ("CI", "COLUMNS", "HOME", "LANG", "LINES", "PATH", "TERM", "TZ", "USER", "VIRTUAL_ENV")
 CARRIED_PREFIXES = ("LC_", "MOTORCADE_", "PYTHON", "PYTEST_", "HYPOTHESIS_")
-NOT_CARRIED = ("MOTORCADE_RUN_DIR", "MOTORCADE_BOX_DIR")
-"""They name places on the host; the box has its own."""
+NOT_CARRIED = ("MOTORCADE_RUN_DIR", "MOTORCADE_BOX_DIR", "PYTEST_CURRENT_TEST")
+"""Places on the host, where the box has its own; and what is true of this process only."""
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -86,7 +86,10 @@ class Leash:
 
     def __init__(self, box: Box, run_id: str) -> None:
         self._process = subprocess.Popen(
-            [*box.ssh, "box", f"exec /run/box/leash {run_id}"], stdin=subprocess.PIPE, start_new_session=True
+            [*box.ssh, "box", f"exec /run/box/leash {run_id}"],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+            bufsize=0,  # what a box that is gone did not take must not be in the way of close()
         )
 
     def signal(self, number: int) -> None:
@@ -104,7 +107,6 @@ class Leash:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the box is gone, and the run with it
             self._process.stdin.write(f"{word}\n".encode())
-            self._process.stdin.flush()
 
 
 def run(
