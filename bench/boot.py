@@ -112,7 +112,8 @@ def measure_in_box(arguments: list[str]) -> dict[str, Any]:
         try:
             environment = carried_environment() | {"PYTHONPATH": str(ROOT)}
             command = [sys.executable, "-m", "bench.boot", "--here", *arguments]
-            status = run(box, command, cwd=ROOT, env=environment, stdin=null.fileno(), out=output.extend)
+            # Shared, not as an overlay: that would say ESTALE for a file which an editor replaces meanwhile.
+            status = run(box, command, cwd=ROOT, env=environment, shares=[ROOT], stdin=null.fileno(), out=output.extend)
         finally:
             stop_box(directory)
     if status:

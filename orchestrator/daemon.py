@@ -59,8 +59,11 @@ def start(line: socket.socket, order: Order) -> None:
     try:
         if line.send(data, socket.MSG_NOSIGNAL) != len(data):
             raise UserError("the machine's description is too large")
+    except (BrokenPipeError, ConnectionResetError) as e:
+        last = lifeline.receive(line) or {}  # its last words
+        raise UserError(last.get("message", f"the supervisor is gone: {e.strerror}")) from None
     except OSError as e:
-        raise UserError(f"the supervisor is gone: {e.strerror}") from None
+        raise UserError(f"the machine's description cannot be handed over: {e.strerror}") from None
 
 
 def main(line: socket.socket) -> int:
