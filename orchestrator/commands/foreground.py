@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import time
-from typing import Any, NoReturn
+from typing import Any
 
 from motorcade.orchestrator import lifeline
 from motorcade.orchestrator.commands.common import table, tell
@@ -37,23 +37,33 @@ class Foreground:
         self.tty = os.isatty(0) and os.isatty(1)
         self.processes: list[dict[str, Any]] = []
         self.is_running = False
+        self._signals = 0
 
     def run(self) -> int:
         """Until the VM ends, or is left. vmmctl's exit status; UserError where the VM did not come to run."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
         try:
+            # Nested, so that wherever the second signal comes after the first, it is taken as the second.
             try:
-                # In the foreground the console is joined before the guest's first word; the start goes on meanwhile.
-                started = self._await("running" if self.detach else "started")
-                return self._leave() if self.detach else self._stay(started["console"])
+                try:
+                    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                        signal.signal(number, self._on_signal)
+                    # In the foreground the console is joined before the guest's first word; the start goes on.
+                    started = self._await("running" if self.detach else "started")
+                    return self._leave() if self.detach else self._stay(started["console"])
+                except _Signalled:
+                    self._press_button()
+                    self._signals = 2  # a second one would change nothing any more
             except _Signalled:
-                return self._power_off()
+                tell(f"ending {self.name} at once")
+            return self._end_at_once()
         finally:
             self.line.close()
 
-    def _on_signal(self, *_: object) -> NoReturn:
-        raise _Signalled
+    def _on_signal(self, *_: object) -> None:
+        """The first two count."""
+        self._signals += 1
+        if self._signals <= 2:
+            raise _Signalled
 
     def _receive(self, timeout: float | None = None) -> dict[str, Any] | None:
         """The supervisor's next message; None after ``timeout`` seconds. A supervisor that died without saying how
@@ -139,6 +149,7 @@ class Foreground:
             elif message["event"] == "sidecar-died":
                 tell(f"{self.name}: {message['role']} died: {message['reason']}")
             elif message["event"] == "ended":
+                self._signals = 2  # they come too late
                 self._reap()
                 return self._tell_end(message)
 
@@ -152,39 +163,30 @@ class Foreground:
             tell(f"more: vmmctl logs {self.name}")
         return status
 
-    def _power_off(self) -> int:
-        """After a signal: the power button; after another one, or in vain, the end at once."""
+    def _press_button(self) -> None:
+        """After a signal. Returns when the VM has ended or will not by itself."""
         from motorcade.orchestrator import rundir
         from motorcade.orchestrator.commands.down import Ending
         from motorcade.orchestrator.qmpclient import QmpError
 
         tell(f"powering {self.name} off (once more ends it at once)")
+        if self.processes and not self.is_running:
+            self._await("running")  # in a moment; the guest's first words may have come before it
+        vm = rundir.find(self.name)
+        if not (self.is_running and vm is not None and vm.alive):
+            return
+        ending = Ending(vm)
         try:
-            if self.processes and not self.is_running:
-                self._await("running")  # in a moment; the guest's first words may have come before it
-            vm = rundir.find(self.name)
-            if self.is_running and vm is not None and vm.alive:
-                ending = Ending(vm)
-                try:
-                    ending.powerdown(POWERDOWN_TIMEOUT)
-                finally:
-                    ending.close()
-        except _Signalled:
-            tell(f"ending {self.name} at once")
+            ending.powerdown(POWERDOWN_TIMEOUT)
         except QmpError as e:  # the VM has just ended, or does not answer: its end is next either way
             tell(str(e))
-        except UserError as e:  # it did not come to run
-            tell(str(e))
-            return e.status
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        # Has the supervisor end the VM if it still runs: the lifeline says that vmmctl is gone.
+        finally:
+            ending.close()
+
+    def _end_at_once(self) -> int:
+        """Has the supervisor end the VM if it still runs: the lifeline says that vmmctl is gone."""
         self.line.shutdown(socket.SHUT_WR)
-        try:
-            return self._await_end()
-        except UserError as e:  # it had not come to run yet
-            tell(str(e))
-            return e.status
+        return self._await_end()
 
 
 class Reporter(Foreground):

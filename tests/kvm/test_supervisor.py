@@ -171,7 +171,7 @@ def test_a_second_signal_ends_it_at_once(host: Host, guest: Path, tmp_path: Path
         process.send_signal(signal.SIGINT)
         assert b"powering web off" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=60) == 0, process.stderr.read()
     assert host.state("web")["ended"]["reason"] == "host-signal"
 
 
