@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ class Vm:
         self.name = parsed.name
         self.run_dir = run_dir / self.name
         daemon.preload()  # once, here: a fork then has it all
-        with _without_log_handlers():
+        with _as_outside_pytest():
             self.pid, self.line = daemon.fork()
         daemon.start(self.line, daemon.Order(parsed, str(file), "kvm", paused))
         self._reaped = False
@@ -97,13 +98,17 @@ class Vm:
 
 
 @contextlib.contextmanager
-def _without_log_handlers() -> Iterator[None]:
-    """pytest's have descriptors that the child has closed when it sets up its own log."""
+def _as_outside_pytest() -> Iterator[None]:
+    """pytest's log handlers and its sys.stderr have descriptors that the child closes: whatever got the same number
+    later, such as the ring of the 16550, would be written to by the child's log."""
     handlers, logging.root.handlers = logging.root.handlers, []
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     try:
         yield
     finally:
         logging.root.handlers = handlers
+        sys.stdout, sys.stderr = out, err
 
 
 class VmHost:
