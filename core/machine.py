@@ -243,7 +243,10 @@ class Machine:
         if self._role.on_reboot == "exit":
             self._end(0, "guest-reset", guest=True)
         elif self._state is not qmp.RunState.SHUTDOWN:
-            self._reset("guest-reset", guest=True)
+            try:
+                self._reset("guest-reset", guest=True)
+            except QmpError as e:
+                self._end(FAILED, "internal-error", f"the guest's reset failed: {e.desc}", guest=True)
 
     def _pulse(self, gsi: int) -> None:
         self._vm.irq_line(gsi, True)

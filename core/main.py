@@ -6,10 +6,11 @@ import faulthandler
 import logging
 import signal
 import socket
+import traceback
 
 from motorcade.core._native import ffi, lib
 from motorcade.core.loop import Loop
-from motorcade.core.machine import Machine
+from motorcade.core.machine import DETAIL_MAX, Machine
 from motorcade.core.qmp.server import QmpServer
 from motorcade.proto import boot as bootlink
 from motorcade.proto import messages
@@ -46,12 +47,17 @@ def run(boot_socket: socket.socket) -> int:
         log.exception("the core cannot start")
         bootlink.send_life(boot_socket, messages.Failed(str(e) or type(e).__name__))
         return 1
-    loop.run()
+    try:
+        loop.run()
+        ended = machine.ended or messages.Ended(1, "internal-error", "the main loop ended by itself")
+    except Exception:
+        # Our own bug. The vCPUs end with the process; the sidecars flush when their connection does.
+        log.exception("the core fails")
+        ended = messages.Ended(1, "internal-error", traceback.format_exc()[-DETAIL_MAX:])
+    # First of all: whatever the clean-up meets, the reason is known.
+    bootlink.send_life(boot_socket, ended)
     qmp.close()
     machine.close()
-    ended = machine.ended
-    assert ended is not None
-    bootlink.send_life(boot_socket, ended)
     return ended.status
 
 

@@ -17,8 +17,7 @@ _EPILOG = """\
 examples:
   vmmctl qmp web query-status
   vmmctl qmp web stop
-  vmmctl qmp web device_del id=disk1
-  vmmctl qmp web migrate '{"uri": "file:/templates/web"}'
+  vmmctl qmp web x-motorcade-sidecar-stats id=root
   vmmctl qmp web                      a prompt; events are shown as they come, Ctrl-D leaves
   vmmctl qmp web < commands           one command a line; stops at the first error
 
