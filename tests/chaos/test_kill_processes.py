@@ -7,7 +7,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
