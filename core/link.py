@@ -12,6 +12,7 @@ import enum
 import logging
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from motorcade.core import virtio
 from motorcade.core.loop import Loop
@@ -131,10 +132,28 @@ class SidecarLink:
         )
 
     def ping(self) -> None:
-        """Asks for a sign of life; silence has it killed."""
-        if self.state is LinkState.PRESENT:
-            self._request(messages.Ping(), PING_MS)
+        """Asks for a sign of life; silence has it killed, unless a debugger holds it."""
+        if self.state is not LinkState.PRESENT:
+            return
+
+        def answered(outcome: Outcome) -> None:
+            if isinstance(outcome, Timeout):
+                if _is_traced(self.pid):
+                    log.warning("%s: no sign of life, but a debugger is attached to it", self.device_id)
+                else:
+                    self._kill(self.device_id, f"no sign of life for {PING_MS / 1000:g} s")
+
+        self._server.request(self.device_id, messages.Ping(), PING_MS, answered)
 
     def shutdown(self) -> None:
         """Asks it to flush, close its backend and end; GONE follows."""
         self._request(messages.Shutdown(), SHUTDOWN_MS)
+
+
+def _is_traced(pid: int) -> bool:
+    """Whether somebody debugs this process (proc(5), TracerPid)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False  # it has ended, or is none of our business; either way nobody waits for it
+    return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in status.splitlines())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from typing import Any, cast
@@ -70,6 +72,26 @@ def test_silence_and_refusal_have_it_killed(bench: Bench, outcome: Any, word: st
     bench.server.asked[0][1](outcome)
     assert len(bench.killed) == 1
     assert word in bench.killed[0]
+
+
+def test_a_missed_ping_kills(bench: Bench) -> None:
+    bench.link.ping()
+    bench.server.asked[0][1](Timeout(30_000))
+    assert bench.killed == ["no sign of life for 30 s"]
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_missed_ping_under_a_debugger_does_not(bench: Bench) -> None:
+    with subprocess.Popen(
+        ["strace", "-o", "/dev/null", "sh", "-c", "echo $$; read line"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as traced:
+        assert traced.stdin is not None
+        assert traced.stdout is not None
+        bench.link.pid = int(traced.stdout.readline())
+        bench.link.ping()
+        bench.server.asked[0][1](Timeout(30_000))
+        assert bench.killed == []
+        traced.stdin.close()
 
 
 def test_an_answer_and_a_death_kill_nobody(bench: Bench) -> None:
