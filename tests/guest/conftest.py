@@ -10,7 +10,22 @@ from typing import Any
 import pytest
 
 from harness import images
+from harness.agent import Agent
 from harness.vm import VmHost, vm_host
+from harness.where import GUEST_UNAME
+
+
+@pytest.fixture(autouse=True)
+def _say_which_linux(monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]) -> None:
+    """Notes what the guests said they are when their agents came up, for the end of the output."""
+    wait_ready = Agent.wait_ready
+
+    def noting(self: Agent, timeout: float = 60.0) -> str:
+        release = wait_ready(self, timeout)
+        record_property(GUEST_UNAME, f"Linux {release}")
+        return release
+
+    monkeypatch.setattr(Agent, "wait_ready", noting)
 
 
 @pytest.fixture

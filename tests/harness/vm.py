@@ -79,6 +79,17 @@ class Vm:
         """What its processes said."""
         return "".join(p.read_text() for p in sorted((self.run_dir / "log").glob("*.log")))
 
+    def tell(self) -> None:
+        """Prints what is known of one that was not waited for: pytest shows it where the test failed."""
+        if self._reaped:
+            return
+        print(f"--- {self.name}: processes at the start: {self.started['processes']}")
+        print(self.logs())
+        self.line.setblocking(False)
+        with contextlib.suppress(BlockingIOError, OSError):
+            while message := lifeline.receive(self.line):
+                print(f"--- {self.name}: {message}")
+
     def wait_end(self, timeout: float = DEADLINE) -> dict[str, Any]:
         """How it ended; its supervisor is gone when this returns."""
         ended = self.await_event("ended", timeout)
@@ -136,6 +147,7 @@ def vm_host(folder: Path) -> Iterator[VmHost]:
         yield host
     finally:
         for vm in host.vms:
+            vm.tell()
             vm.close()
         if before is None:
             del os.environ["MOTORCADE_RUN_DIR"]

@@ -23,9 +23,9 @@ class Tally:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A test counts once: as failed if any of its phases did, else by its call (or by its skip)."""
         if report.when == "call":
-            for name, value in report.user_properties:
-                if name == GUEST_UNAME:
-                    self.unames[str(value)] += 1
+            said = [str(value) for name, value in report.user_properties if name == GUEST_UNAME]
+            if said:
+                self.unames[said[-1]] += 1
         place = "box" if getattr(report, "ran_in_box", False) else "kvm" if _uses_kvm(report) else "host"
         if report.failed:
             if report.nodeid not in self._failed:
