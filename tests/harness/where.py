@@ -8,6 +8,9 @@ import pytest
 GUEST_UNAME = "guest_uname"
 """The user property (``record_property``) under which a test notes what ``uname -a`` said in its guest."""
 
+SECOND_TRY = "second_try"
+"""The user property of a test in the box that was run again (harness/boxreport.py): how the first try ended."""
+
 
 @dataclass(eq=False)  # pytest hashes its plugins
 class Tally:
@@ -18,11 +21,13 @@ class Tally:
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     unames: Counter[str] = field(default_factory=Counter)
     box: str | None = None
+    second_tries: list[str] = field(default_factory=list)
     _failed: set[str] = field(default_factory=set)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A test counts once: as failed if any of its phases did, else by its call (or by its skip)."""
         if report.when == "call":
+            self.second_tries += [f"{report.nodeid}: {v}" for name, v in report.user_properties if name == SECOND_TRY]
             said = [str(value) for name, value in report.user_properties if name == GUEST_UNAME]
             if said:
                 self.unames[said[-1]] += 1
@@ -49,6 +54,10 @@ class Tally:
         for place, label in [("box", box), ("kvm", f"on the bare /dev/kvm ({self.kvm})"), ("host", "without either")]:
             passed, failed, skipped = (self.outcomes[place, o] for o in ("passed", "failed", "skipped"))
             write(f"{passed + failed:4} {label}" + (f"; {skipped} more skipped" if skipped else ""))
+        if self.second_tries:
+            write(f"{len(self.second_tries)} tests in the box were run a second time, since the first failed:")
+            for line in self.second_tries:
+                write(f"     {line}")
         if self.unames:
             write(f"Linux guests said of themselves, in {sum(self.unames.values())} tests:")
             for uname, count in sorted(self.unames.items()):
