@@ -39,8 +39,8 @@ def pytest_runtest_logfinish(nodeid: str, location: tuple[str, int | None, str])
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
     """Runs a test that failed once more, and has the summary outside say so.
 
-    QEMU's emulation of SVM is not perfect (docs/box.md), and losing a guest to it says nothing of what is tested. A test
-    that fails twice has failed.
+    QEMU's emulation of SVM is not perfect (docs/box.md), and losing a guest to it says nothing of what is tested. A
+    test that fails twice has failed.
     """
     hook = item.ihook
     hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
