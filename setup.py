@@ -8,6 +8,8 @@ setup(
         "sidecars/native/build.py:blk",
         "sidecars/native/build.py:net",
         "sidecars/native/build.py:serial",
+        "sidecars/native/build.py:pager",
+        "sidecars/native/build.py:queue",
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},  # so are the C parts built: one wheel for 3.11 and later
 )

@@ -21,7 +21,26 @@ struct Boot {
     blk @7 :BlkBoot;
     net @8 :NetBoot;
     serial @9 :SerialBoot;
+    pager @10 :PagerBoot;
+    kit @13 :KitBoot;
   }
+  incoming @11 :Bool;       # a sidecar starts quiesced; the core takes the machine's state from the descriptor "state"
+  lazy @12 :Bool;
+  # Guest memory is filled on demand: register this process's mapping with userfaultfd (from the descriptor
+  # "userfaultfd", where there is one) before anything touches it, and say lazyReady instead of ready.
+}
+
+struct PagerBoot {
+  size @0 :UInt64;          # bytes of guest memory
+  eager @1 :Bool;           # no userfaultfd here: copy everything before ready
+  parents @2 :UInt16;       # how many templates this one builds on: descriptors "template.1" and up
+  start @3 :UInt64;         # where memory begins in "template.0", bytes
+}
+
+struct Mapping {
+  address @0 :UInt64;       # in the process that registered it
+  size @1 :UInt64;
+  offset @2 :UInt64;        # in the memfd
 }
 
 struct CoreBoot {
@@ -34,11 +53,13 @@ struct CoreBoot {
   kernelPath @6 :Text;      # for messages only; the image is the descriptor "kernel"
   initrdPath @7 :Text;
   onReboot @8 :Text;        # "reset" or "exit"
+  generationId @9 :Data;    # 16 bytes: give the restored guest this VM generation ID; empty: keep the template's
+  defer @10 :Bool;          # incoming, but which template is said later, by migrate-incoming
 }
 
 struct Slot {
   deviceId @0 :Text;
-  kind @1 :Text;            # blk, net or serial
+  kind @1 :Text;            # blk, net, serial, or a kind of the kit's
   index @2 :UInt16;         # virtio-mmio slot; 0xffff: none, it is the sidecar behind the 16550
   queues @3 :UInt16;        # how many queues have kick descriptors
   pid @4 :UInt32;           # of its sidecar
@@ -55,13 +76,15 @@ struct BlkBoot {
   queues @6 :UInt16;
   discard @7 :Bool;
   ioEngine @8 :Text;        # auto, io_uring or sync
+  layers @9 :UInt16;
+  # How many read-only overlays, descriptors "layer.0" (the lowest) and up, lie between "disk" and "overlay".
 }
 
 struct NetBoot {
   deviceId @0 :Text;
   mac @1 :Data;             # 6 bytes
   queuePairs @2 :UInt16;
-  backend @3 :Text;         # tap, passt or link
+  backend @3 :Text;         # tap, passt, link, or none: a NIC without a link
   mtu @4 :UInt16;           # 0: not offered
 }
 
@@ -70,6 +93,13 @@ struct SerialBoot {
   flavour @1 :Text;         # uart or virtio
   backend @2 :Text;         # none, pty, socket or file
   scrollback @3 :UInt32;    # bytes kept for a console that attaches late
+}
+
+struct KitBoot {
+  # Of a kind that is written with sidecars/sdk.
+  deviceId @0 :Text;
+  kind @1 :Text;            # rng, or what an installed package offers
+  options @2 :Text;         # JSON: the device's keys in machine.yaml but id and kind
 }
 
 struct Life {
@@ -82,13 +112,81 @@ struct Life {
     sidecarDied @4 :SidecarDied;  # to the core
     shutdown @5 :Void;          # to the core: end the VM at once, flush the disks
     killSidecar @6 :Text;       # core: this device's sidecar is silent past a deadline; kill it
+
+    lazyReady @7 :LazyReady;    # child, with its userfaultfd: as ready
+    serve @8 :Serve;            # to the pager, with a userfaultfd: fill this process's mapping
+    workingSet @9 :Data;        # pager: the chunks (UInt32, little-endian) that were asked for first, in order
+    damaged @10 :Text;          # pager: the template cannot be read or its bytes are wrong; the VM cannot go on
+
+    # A snapshot is written by the core to files that the supervisor opens, names and removes.
+    openTarget @11 :OpenTarget; # core
+    target @12 :Target;         # to the core, with descriptors: "memory", "state" and, with a base, its "base.N"
+    copyDisks @13 :Void;        # core: every disk is quiet; copy what the template needs of them
+    disksCopied @14 :DisksCopied;  # to the core
+    closeTarget @15 :CloseTarget;  # core: all is written and fsynced, or none of it counts
+    targetClosed @16 :TargetClosed;  # to the core: it has its name now, or why not
+
+    openIncoming @17 :OpenIncoming;  # core, with a descriptor where the URI is fd:NAME
+    incoming @18 :Incoming;     # to the core, with "state"; the pager fills memory from now on
+
+    sidecarReplaced @19 :SidecarReplaced;  # to the core: another process is in its place, and will say hello
   }
+}
+
+struct LazyReady {
+  mappings @0 :List(Mapping);
+}
+
+struct Serve {
+  process @0 :Text;         # its role, for messages
+  mappings @1 :List(Mapping);
+}
+
+struct OpenTarget {
+  uri @0 :Text;             # file:DIR, exec:COMMAND, fd:NAME
+  base @1 :Text;            # DIR of the template to differ from; empty: none
+  what @2 :Text;
+  # "template"; "state" (x-ignore-shared: no RAM); "devices" (save-devices-state); "dump" (an ELF core file); "save" (one
+  # file, into which the supervisor puts RAM when it is asked to copyDisks)
+}
+
+struct Target {
+  error @0 :Text;           # empty: opened
+  labels @1 :List(Text);    # of the descriptors, in order
+  description @2 :Text;     # JSON: the machine, for the template's state
+}
+
+struct DisksCopied {
+  error @0 :Text;
+  disks @1 :Text;           # JSON: orchestrator/templates.py
+}
+
+struct CloseTarget {
+  keep @0 :Bool;
+}
+
+struct TargetClosed {
+  error @0 :Text;
+}
+
+struct OpenIncoming {
+  uri @0 :Text;             # file:DIR, file:STATE, exec:COMMAND, fd:NAME
+  what @1 :Text;            # "machine" (migrate-incoming), "devices" (load-devices-state: no memory is looked for)
+}
+
+struct Incoming {
+  error @0 :Text;
 }
 
 struct Ended {
   status @0 :UInt8;         # exit status for vmmctl: 0 after a poweroff or quit
   reason @1 :Text;          # guest-shutdown, guest-reset, host-qmp-quit, internal-error, ...
   detail @2 :Text;          # for a person: registers, KVM's words
+}
+
+struct SidecarReplaced {
+  deviceId @0 :Text;
+  pid @1 :UInt32;
 }
 
 struct SidecarDied {

@@ -15,7 +15,7 @@ import dataclasses
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from motorcade.proto import schema
 from motorcade.proto.schema import Boot, Life, Malformed
@@ -94,9 +94,7 @@ def recv_boot(sock: socket.socket) -> tuple[Boot, dict[str, int]]:
     try:
         boot = _recv_boot(sock, fds)
     except BaseException as e:
-        for fd in fds:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        _close(fds)
         if isinstance(e, OSError):
             raise BootError(f"the Boot could not be received: {e.strerror}") from e
         if isinstance(e, Malformed):
@@ -110,7 +108,7 @@ def _recv_boot(sock: socket.socket, fds: list[int]) -> Boot:
     total: tuple[int, int] | None = None
     number = 0
     while total is None or len(data) < total[0] or len(fds) < total[1]:
-        packet, arrived, truncated = _recv_packet(sock)
+        packet, arrived, truncated = _recv_packet(sock, _HEADER.size + BYTES_PER_PACKET)
         fds.extend(arrived)
         if truncated:
             raise BootError("a packet of the Boot was truncated (too few free descriptors? see ulimit -n)")
@@ -140,10 +138,10 @@ def _recv_boot(sock: socket.socket, fds: list[int]) -> Boot:
     return boot
 
 
-def _recv_packet(sock: socket.socket) -> tuple[bytes, list[int], bool]:
-    """One packet, its descriptors (owned by the caller) and whether anything was cut off."""
+def _recv_packet(sock: socket.socket, most: int) -> tuple[bytes, list[int], bool]:
+    """One packet of at most ``most`` bytes, its descriptors (the caller's) and whether anything was cut off."""
     data, ancillary, flags, _ = sock.recvmsg(
-        _HEADER.size + BYTES_PER_PACKET,
+        most,
         socket.CMSG_SPACE(FDS_PER_PACKET * _FD_SIZE),
         socket.MSG_CMSG_CLOEXEC,
     )
@@ -156,14 +154,16 @@ def _recv_packet(sock: socket.socket) -> tuple[bytes, list[int], bool]:
     return data, fds, bool(flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC))
 
 
-def send_life(sock: socket.socket, life: Life) -> bool:
-    """Sends one message; False when the other side is gone, which either side may be at any time.
+def send_life(sock: socket.socket, life: Life, fds: Sequence[int] = ()) -> bool:
+    """Sends one message, with ``fds`` (which stay the caller's) beside it; False when the other side is gone, which
+    either side may be at any time.
 
     On a non-blocking socket raises BlockingIOError while its buffer is full.
     """
     data = schema.encode_life(life)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     try:
-        sock.send(data, socket.MSG_NOSIGNAL)
+        sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
     except (BrokenPipeError, ConnectionResetError):
         return False
     return True
@@ -173,34 +173,70 @@ def recv_life(sock: socket.socket) -> Life | None:
     """The next message; None when the other side is gone.
 
     On a non-blocking socket raises BlockingIOError while there is none. Raises Malformed for anything that is
-    not a Life message; the socket can still be read. Descriptors sent with it are dropped by the kernel.
+    not a Life message; the socket can still be read. Descriptors sent with it are closed.
+    """
+    life, fds = recv_life_fds(sock)
+    _close(fds)
+    return life
+
+
+def recv_life_fds(sock: socket.socket) -> tuple[Life | None, list[int]]:
+    """As recv_life, with the descriptors that came beside the message: CLOEXEC, and the caller's to close.
+
+    Raises Malformed, too, where some were cut off (none is kept then).
     """
     try:
-        # One byte more than allowed shows a packet that was too long.
-        data = sock.recv(schema.MAX_LIFE_BYTES + 1)
+        data, fds, truncated = _recv_packet(sock, schema.MAX_LIFE_BYTES + 1)
     except ConnectionResetError:
         # It closed with words of ours unread. unix(7) says so first, and keeps its own last words for the next call.
-        data = sock.recv(schema.MAX_LIFE_BYTES + 1)
+        data, fds, truncated = _recv_packet(sock, schema.MAX_LIFE_BYTES + 1)
     if not data:
-        return None
-    return schema.decode_life(data)
+        _close(fds)
+        return None, []
+    try:
+        if truncated:
+            raise Malformed(
+                f"a Life message has at most {schema.MAX_LIFE_BYTES} bytes and {FDS_PER_PACKET} descriptors"
+            )
+        return schema.decode_life(data), fds
+    except Malformed:
+        _close(fds)
+        raise
 
 
 def drain_life(sock: socket.socket) -> tuple[list[Life], bool]:
-    """Every message that has arrived, without waiting, and whether the other side is still there.
+    """Every message that has arrived, without waiting, and whether the other side is there; closes descriptors.
 
     Raises Malformed at the first that is not a Life message; those before it are lost: end the process then.
     """
-    messages: list[Life] = []
+    messages, alive = drain_life_fds(sock)
+    for _, fds in messages:
+        _close(fds)
+    return [life for life, _ in messages], alive
+
+
+def drain_life_fds(sock: socket.socket) -> tuple[list[tuple[Life, list[int]]], bool]:
+    """As drain_life, with the descriptors of each message, the caller's to close."""
+    messages: list[tuple[Life, list[int]]] = []
     previous = sock.gettimeout()
     sock.setblocking(False)
     try:
         while True:
-            life = recv_life(sock)
+            life, fds = recv_life_fds(sock)
             if life is None:
                 return messages, False
-            messages.append(life)
+            messages.append((life, fds))
     except BlockingIOError:
         return messages, True
+    except Malformed:
+        for _, fds in messages:
+            _close(fds)
+        raise
     finally:
         sock.settimeout(previous)
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)

@@ -8,24 +8,9 @@ from collections.abc import Callable
 import zmq
 
 from motorcade.proto import schema
-from motorcade.proto.schema import (
-    Activate,
-    Answer,
-    ConfigWrite,
-    Error,
-    Hello,
-    Malformed,
-    Message,
-    Notice,
-    Ping,
-    Reset,
-    Shutdown,
-    StatsRequest,
-    Welcome,
-)
+from motorcade.proto.schema import Answer, Error, Hello, Malformed, Message, Notice, Request, Welcome
 from motorcade.proto.wire import HWM, Refusals, Wait, endpoint, readable, receive
 
-_OF_THE_CORE = Activate | Reset | ConfigWrite | StatsRequest | Ping | Shutdown
 _HELLO_ID = 1
 _LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
@@ -35,14 +20,13 @@ class Refused(ConnectionError):
 
 
 class ControlClient:
-    """A sidecar's end. One thread only. Starts ZeroMQ's I/O thread: fork and enter Landlock before it."""
+    """A sidecar's end. One thread only. Starts ZeroMQ's I/O thread: fork, and drop privileges, before it."""
 
-    def __init__(self, path: str, device_id: str) -> None:
-        """Connects to the core's socket at ``path``, in the background. ValueError where the path is too long."""
-        self.device_id = device_id
+    def __init__(self) -> None:
+        """Knows nobody yet."""
+        self.device_id = ""
         self.refusals = Refusals()
         self.connected = True  # until the connection is known to be lost
-        address = endpoint(path)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
         for option, value in (
@@ -50,14 +34,19 @@ class ControlClient:
             (zmq.MAXMSGSIZE, schema.MAX_CONTROL_BYTES),
             (zmq.RCVHWM, HWM),
             (zmq.SNDHWM, HWM),
-            # The core binds first; should it not have, look again soon and then less often.
+            # The socket listens before there is any sidecar; should it not, look again soon and then less often.
             (zmq.RECONNECT_IVL, 2),
             (zmq.RECONNECT_IVL_MAX, 500),
         ):
             self._dealer.setsockopt(option, value)
         self._monitor = self._dealer.get_monitor_socket(_LOST)
-        self._dealer.connect(address)
         self._wait = Wait(self._dealer, self._monitor)
+
+    def connect(self, path: str, device_id: str) -> None:
+        """Connects to the core's socket at ``path``, once, in the background. ValueError where the path is too long."""
+        self.device_id = device_id
+        self._dealer.connect(endpoint(path))
+        self._wait.wake()
 
     def hello(self, hello: Hello, timeout: float) -> Welcome:
         """Introduces this sidecar and waits up to ``timeout`` seconds for the core's answer.
@@ -99,7 +88,7 @@ class ControlClient:
         """Hands each request that has arrived to ``handler``, without waiting. False: the core is gone."""
         self._wait.clear()
         while (message := self._next()) is not None:
-            if isinstance(message.body, _OF_THE_CORE) and message.id != 0:
+            if isinstance(message.body, Request) and not isinstance(message.body, Hello) and message.id != 0:
                 handler(message)
             else:
                 self.refusals.note(self.device_id, "a message that the core does not send now", message.id)

@@ -36,7 +36,37 @@ struct Message {
     # Notices of a sidecar.
     configChanged @13 :ConfigChanged;
     needsReset @14 :NeedsReset;
+
+    # Requests of the core, for snapshots (docs/internals.md, "Snapshots").
+    quiesce @15 :Void;
+    # Fetch no more, finish and publish what is in flight, take in nothing more from the host. Once answered, nothing
+    # of this process touches guest memory or raises an interrupt until `resume`. Asked again: answered again.
+    save @16 :Void;
+    # While quiesced. Answered by `saved`.
+    load @17 :DeviceState;
+    # While quiesced and not activated. If `queues` is not empty an `activate` that is `restored` follows.
+    resume @18 :Void;
+    # Goes on; looks at every queue once, since a notification may have been in flight.
+
+    saved @19 :DeviceState;   # an answer
+
+    populate @20 :Void;
+    # To the pager: fill every page of guest memory that comes from the template, then answer.
   }
+}
+
+struct DeviceState {
+  # What a sidecar knows that neither the core nor guest memory does.
+  version @0 :UInt16;       # of `data`, counted by the kind; what it holds is the kind's
+  data @1 :Data;
+  queues @2 :List(QueueState);  # of the activated ones; empty: not activated
+}
+
+struct QueueState {
+  index @0 :UInt16;
+  lastAvail @1 :UInt16;     # next entry of the avail ring to take
+  usedIdx @2 :UInt16;       # next entry of the used ring to fill
+  error @3 :UInt16;         # 0, or why the queue is broken (enum mc_vq_error)
 }
 
 struct Hello {
@@ -59,11 +89,15 @@ struct Queue {
   desc @2 :UInt64;          # guest physical addresses
   driver @3 :UInt64;        # avail ring
   device @4 :UInt64;        # used ring
+  lastAvail @5 :UInt16;     # where to go on; 0 unless the activation is `restored`
+  usedIdx @6 :UInt16;
+  error @7 :UInt16;         # enum mc_vq_error of a queue that is broken already: it is not touched
 }
 
 struct Activate {
   features @0 :UInt64;      # what the driver accepted
   queues @1 :List(Queue);   # only those that the driver made ready
+  restored @2 :Bool;        # the driver set this up before a snapshot; nothing happens until `resume`
 }
 
 struct ConfigWrite {

@@ -34,16 +34,19 @@ def layout(size: int) -> list[Region]:
 
 
 class GuestMemory:
-    """This process's shared mapping of guest RAM. It does not own ``fd``, which may be closed afterwards."""
+    """This process's shared mapping of guest RAM. It does not own ``fd``, which may be closed afterwards.
 
-    def __init__(self, fd: int, regions: Sequence[Region]) -> None:
+    ``lazy``: it is going to be filled on demand (sidecars/lazymem.py).
+    """
+
+    def __init__(self, fd: int, regions: Sequence[Region], *, lazy: bool = False) -> None:
         self.regions = tuple(regions)
         self._maps = [
             mmap.mmap(fd, r.size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=r.offset) for r in regions
         ]
         for m in self._maps:
             m.madvise(mmap.MADV_DONTDUMP)
-            _use_huge_pages(m)
+            _advise(m, mmap.MADV_NOHUGEPAGE if lazy else mmap.MADV_HUGEPAGE)
 
     def host_address(self, index: int) -> int:
         """Where region ``index`` is mapped in this process."""
@@ -71,11 +74,15 @@ class GuestMemory:
         return sum(r.size for r in self.regions)
 
 
-def _use_huge_pages(mapping: mmap.mmap) -> None:
-    """Lets a guest's first touches cost one fault in 2 MiB instead of 512, where the host allows it for memfds
-    (/sys/kernel/mm/transparent_hugepage/shmem_enabled: advise); booting Linux touches some 17000 pages."""
+def _advise(mapping: mmap.mmap, advice: int) -> None:
+    """MADV_HUGEPAGE lets a guest's first touches cost one fault in 2 MiB instead of 512, where the host allows it for
+    memfds (/sys/kernel/mm/transparent_hugepage/shmem_enabled: advise); booting Linux touches some 17000 pages.
+
+    Memory that is filled on demand needs MADV_NOHUGEPAGE: up to Linux 6.3 khugepaged may put a huge page over a range
+    with userfaultfd, with zeros where a page was still to come, and nobody would ever ask for that page.
+    """
     try:
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        mapping.madvise(advice)
     except OSError as e:
         if e.errno != errno.EINVAL:  # a kernel built without them
             raise

@@ -15,6 +15,8 @@ from motorcade.proto.memory import Region
 MAX_QUEUES = 64
 MAX_CONFIG = 256
 """Bytes of device configuration space that fit a virtio-mmio slot of 0x200 (virtio 1.2, 4.2.2)."""
+MAX_STATE = 512 << 10
+"""Bytes of a sidecar's saved state."""
 NO_QUEUE = 0xFFFF
 """NeedsReset.queue when the reason is not about one queue."""
 
@@ -83,6 +85,9 @@ class Queue:
     desc: int
     driver: int
     device: int
+    last_avail: int = 0
+    used_idx: int = 0
+    error: int = 0
 
     def check(self) -> None:
         if not 0 < self.size <= 32768 or self.size & (self.size - 1):
@@ -95,6 +100,7 @@ class Activate:
 
     features: int
     queues: Annotated[tuple[Queue, ...], Max(MAX_QUEUES)]
+    restored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,62 @@ class Ping:
 @dataclass(frozen=True, slots=True)
 class Shutdown:
     """Flush, close the backend, answer, exit with status 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quiesce:
+    """Come to rest: nothing in flight, no guest memory touched and no interrupt raised until Resume."""
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """While quiesced: asks for a Saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """Where the device side of a virtqueue stands; ``error`` is an enum mc_vq_error, 0 for a healthy queue."""
+
+    index: int
+    last_avail: int
+    used_idx: int
+    error: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """What a sidecar knows that neither the core nor guest memory does. ``version`` is of ``data``, the kind's own.
+
+    Without ``queues`` the device was not activated.
+    """
+
+    version: int
+    data: Annotated[bytes, Max(MAX_STATE)]
+    queues: Annotated[tuple[QueueState, ...], Max(MAX_QUEUES)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """While quiesced and not activated: go on from this state."""
+
+    state: DeviceState
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The answer to Save."""
+
+    state: DeviceState
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Go on, and look at every queue once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Populate:
+    """To the pager: fill all of guest memory, then answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +245,10 @@ class NeedsReset:
     reason: Line
 
 
-Request: TypeAlias = Hello | Activate | Reset | ConfigWrite | StatsRequest | Ping | Shutdown
-Answer: TypeAlias = Ok | Error | Welcome | StatsReport
+Request: TypeAlias = (
+    Hello | Activate | Reset | ConfigWrite | StatsRequest | Ping | Shutdown | Quiesce | Save | Load | Resume | Populate
+)
+Answer: TypeAlias = Ok | Error | Welcome | StatsReport | Saved
 Notice: TypeAlias = ConfigChanged | NeedsReset
 Body: TypeAlias = Request | Answer | Notice
 
@@ -226,6 +290,8 @@ class CoreBoot:
     kernel_path: Line = ""
     initrd_path: Line = ""
     on_reboot: Word = "reset"
+    generation_id: Annotated[bytes, Max(16)] = b""
+    defer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +307,7 @@ class BlkBoot:
     queues: int = 1
     discard: bool = False
     io_engine: Word = "auto"
+    layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +335,31 @@ class SerialBoot:
     scrollback: int = 65536
 
 
-Role: TypeAlias = CoreBoot | BlkBoot | NetBoot | SerialBoot
+@dataclass(frozen=True, slots=True)
+class PagerBoot:
+    """What a pager needs to know; ``size`` is of guest memory, in bytes, which begins at ``start`` in "template.0"."""
+
+    size: int
+    eager: bool = False
+    parents: int = 0
+    start: int = 0
+
+    @property
+    def device_id(self) -> str:
+        """Of its control connection; no device of a machine may have it."""
+        return "pager"
+
+
+@dataclass(frozen=True, slots=True)
+class KitBoot:
+    """What a sidecar of the kit (sidecars/sdk) needs to know; ``options`` is JSON."""
+
+    device_id: Id
+    kind: Word
+    options: Json = "{}"
+
+
+Role: TypeAlias = CoreBoot | BlkBoot | NetBoot | SerialBoot | PagerBoot | KitBoot
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +373,8 @@ class Boot:
     log_level: Word
     role: Role
     fd_labels: Annotated[tuple[Word, ...], Max(4096)] = ()
+    incoming: bool = False
+    lazy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,4 +423,134 @@ class KillSidecar:
     device_id: Id
 
 
-Life: TypeAlias = Ready | Failed | Running | Ended | SidecarDied | ShutdownVm | KillSidecar
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A run of guest memory in some process: ``size`` bytes at ``address`` are those at ``offset`` of the memfd."""
+
+    address: int
+    size: int
+    offset: int
+
+
+Mappings: TypeAlias = Annotated[tuple[Mapping, ...], Max(64)]
+
+
+@dataclass(frozen=True, slots=True)
+class LazyReady:
+    """Child, with its userfaultfd as the one descriptor: ready, and its memory is to be filled."""
+
+    mappings: Mappings
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """To the pager, with a userfaultfd: fill that process's mapping."""
+
+    process: Word
+    mappings: Mappings
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingSet:
+    """Pager: the chunks that were asked for first, in order, as little-endian 32-bit numbers."""
+
+    chunks: Annotated[bytes, Max(60 << 10)]
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """Pager: the template cannot be read, or its bytes are not what was saved. The VM cannot go on."""
+
+    reason: Line
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTarget:
+    """Core: where a snapshot is to go. ``what``: template, state, devices or dump (boot.capnp)."""
+
+    uri: Line
+    base: Line = ""
+    what: Word = "template"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """To the core, with descriptors by label; or why there is no such place."""
+
+    error: Line
+    labels: Annotated[tuple[Word, ...], Max(250)] = ()
+    description: Json = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDisks:
+    """Core: the disks are quiet; copy what the template needs of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class DisksCopied:
+    """To the core: what is to be remembered of the disks, as JSON; or why it could not be copied."""
+
+    error: Line
+    disks: Json = "[]"
+
+
+@dataclass(frozen=True, slots=True)
+class CloseTarget:
+    """Core: everything is written and fsynced (``keep``), or none of it counts."""
+
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TargetClosed:
+    """To the core: the target has its name now (no error), or is removed."""
+
+    error: Line
+
+
+@dataclass(frozen=True, slots=True)
+class OpenIncoming:
+    """Core: a state that is to come in; of fd:NAME with its descriptor. ``what``: machine or devices (boot.capnp)."""
+
+    uri: Line
+    what: Word = "machine"
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """To the core, with the descriptor of the state; or why there is none."""
+
+    error: Line
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarReplaced:
+    """To the core: a sidecar has ended, and process ``pid`` is in its place."""
+
+    device_id: Id
+    pid: int
+
+
+Life: TypeAlias = (
+    Ready
+    | Failed
+    | Running
+    | Ended
+    | SidecarDied
+    | ShutdownVm
+    | KillSidecar
+    | LazyReady
+    | Serve
+    | WorkingSet
+    | Damaged
+    | OpenTarget
+    | Target
+    | CopyDisks
+    | DisksCopied
+    | CloseTarget
+    | TargetClosed
+    | OpenIncoming
+    | Incoming
+    | SidecarReplaced
+)

@@ -13,57 +13,82 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from motorcade.proto.capnplib import capnp
 from motorcade.proto.memory import Region
 from motorcade.proto.messages import (
     MAX_CONFIG,
     MAX_QUEUES,
+    MAX_STATE,
     NO_QUEUE,
     Activate,
     Answer,
     BlkBoot,
     Body,
     Boot,
+    CloseTarget,
     ConfigChanged,
     ConfigWrite,
+    CopyDisks,
     CoreBoot,
     Counter,
+    Damaged,
+    DeviceState,
+    DisksCopied,
     Ended,
     Error,
     ErrorCode,
     Failed,
     Hello,
     Id,
+    Incoming,
     Json,
     KillSidecar,
+    KitBoot,
+    LazyReady,
     Life,
     Line,
+    Load,
     Malformed,
+    Mapping,
     Max,
     Message,
     NeedsReset,
     NetBoot,
     Notice,
     Ok,
+    OpenIncoming,
+    OpenTarget,
+    PagerBoot,
     Ping,
+    Populate,
     Queue,
+    QueueState,
     QueueStats,
+    Quiesce,
     Ready,
     Request,
     Reset,
+    Resume,
     Role,
     Running,
+    Save,
+    Saved,
     SerialBoot,
+    Serve,
     Shutdown,
     ShutdownVm,
     SidecarDied,
+    SidecarReplaced,
     Slot,
     StatsReport,
     StatsRequest,
+    Target,
+    TargetClosed,
     Welcome,
     Word,
+    WorkingSet,
 )
 
 __all__ = [
@@ -72,60 +97,88 @@ __all__ = [
     "MAX_CONTROL_BYTES",
     "MAX_LIFE_BYTES",
     "MAX_QUEUES",
+    "MAX_STATE",
     "NO_QUEUE",
     "Activate",
     "Answer",
     "BlkBoot",
     "Body",
     "Boot",
+    "CloseTarget",
     "ConfigChanged",
     "ConfigWrite",
+    "CopyDisks",
     "CoreBoot",
     "Counter",
+    "Damaged",
+    "DeviceState",
+    "DisksCopied",
     "Ended",
     "Error",
     "ErrorCode",
     "Failed",
     "Hello",
     "Id",
+    "Incoming",
     "Json",
     "KillSidecar",
+    "KitBoot",
+    "LazyReady",
     "Life",
     "Line",
+    "Load",
     "Malformed",
+    "Mapping",
     "Max",
     "Message",
     "NeedsReset",
     "NetBoot",
     "Notice",
     "Ok",
+    "OpenIncoming",
+    "OpenTarget",
+    "PagerBoot",
     "Ping",
+    "Populate",
     "Queue",
+    "QueueState",
     "QueueStats",
+    "Quiesce",
     "Ready",
     "Region",
     "Request",
     "Reset",
+    "Resume",
     "Role",
     "Running",
+    "Save",
+    "Saved",
     "SerialBoot",
+    "Serve",
     "Shutdown",
     "ShutdownVm",
     "SidecarDied",
+    "SidecarReplaced",
     "Slot",
     "StatsReport",
     "StatsRequest",
+    "Target",
+    "TargetClosed",
     "Welcome",
     "Word",
+    "WorkingSet",
     "decode",
     "decode_boot",
     "decode_life",
+    "decode_struct",
     "encode",
     "encode_boot",
     "encode_life",
+    "encode_struct",
+    "load",
 ]
 
-MAX_CONTROL_BYTES = 64 << 10
+MAX_CONTROL_BYTES = 640 << 10
 """Longest encoded control message, in bytes."""
 MAX_BOOT_BYTES = 4 << 20
 """Longest encoded Boot, in bytes."""
@@ -133,8 +186,15 @@ MAX_LIFE_BYTES = 64 << 10
 """Longest encoded Life, in bytes."""
 
 _HERE = Path(__file__).resolve().parent
-_control: Any = capnp.load(str(_HERE / "control.capnp"))
-_boot: Any = capnp.load(str(_HERE / "boot.capnp"))
+
+
+def load(name: str) -> Any:
+    """The schema ``name`` of this folder; its structs are for encode_struct and decode_struct."""
+    return capnp.load(str(_HERE / name))
+
+
+_control: Any = load("control.capnp")
+_boot: Any = load("boot.capnp")
 
 _BODIES: dict[str, type[Any]] = {
     "hello": Hello,
@@ -150,8 +210,21 @@ _BODIES: dict[str, type[Any]] = {
     "statsReport": StatsReport,
     "configChanged": ConfigChanged,
     "needsReset": NeedsReset,
+    "quiesce": Quiesce,
+    "save": Save,
+    "load": Load,
+    "resume": Resume,
+    "saved": Saved,
+    "populate": Populate,
 }
-_ROLES: dict[str, type[Any]] = {"core": CoreBoot, "blk": BlkBoot, "net": NetBoot, "serial": SerialBoot}
+_ROLES: dict[str, type[Any]] = {
+    "core": CoreBoot,
+    "blk": BlkBoot,
+    "net": NetBoot,
+    "serial": SerialBoot,
+    "pager": PagerBoot,
+    "kit": KitBoot,
+}
 _LIVES: dict[str, type[Any]] = {
     "ready": Ready,
     "failed": Failed,
@@ -160,8 +233,22 @@ _LIVES: dict[str, type[Any]] = {
     "sidecarDied": SidecarDied,
     "shutdown": ShutdownVm,
     "killSidecar": KillSidecar,
+    "lazyReady": LazyReady,
+    "serve": Serve,
+    "workingSet": WorkingSet,
+    "damaged": Damaged,
+    "openTarget": OpenTarget,
+    "target": Target,
+    "copyDisks": CopyDisks,
+    "disksCopied": DisksCopied,
+    "closeTarget": CloseTarget,
+    "targetClosed": TargetClosed,
+    "openIncoming": OpenIncoming,
+    "incoming": Incoming,
+    "sidecarReplaced": SidecarReplaced,
 }
-_TEXT_ONLY = {Failed, KillSidecar}  # the union's member is a Text, not a struct
+# The union's member is the one field itself (a Text, a Data, a struct of its own), not a struct that holds it.
+_BARE = {Failed, KillSidecar, WorkingSet, Damaged, Load, Saved}
 
 _CODES = tuple(ErrorCode(n) for n, _ in sorted(_control.Error.Code.schema.enumerants.items(), key=lambda e: e[1]))
 
@@ -179,24 +266,36 @@ def _read_code(number: int) -> ErrorCode:
     return _CODES[number]
 
 
-_tables: dict[type[Any], tuple[tuple[str, str, Any], ...]] = {}
+class _Form(NamedTuple):
+    """An annotation, taken apart once: asking typing costs more than reading the value."""
+
+    kind: Any  # int, bool, str, bytes, ErrorCode, tuple, or a dataclass
+    limit: int | None
+    element: _Form | None  # of a tuple
 
 
-def _fields(cls: type[Any]) -> tuple[tuple[str, str, Any], ...]:
-    """(attribute, field of the schema, annotation) of every field that the two share by name."""
+_PLAIN = (int, bool, str, bytes)
+_tables: dict[type[Any], tuple[tuple[str, str, _Form], ...]] = {}
+
+
+def _form(annotation: Any) -> _Form:
+    limit = None
+    if get_origin(annotation) is Annotated:
+        annotation, bound = get_args(annotation)
+        limit = bound.n
+    if get_origin(annotation) is tuple:
+        return _Form(tuple, limit, _form(get_args(annotation)[0]))
+    return _Form(annotation, limit, None)
+
+
+def _fields(cls: type[Any]) -> tuple[tuple[str, str, _Form], ...]:
+    """(attribute, field of the schema, form) of every field that the two share by name."""
     table = _tables.get(cls)
     if table is None:
         hints = get_type_hints(cls, include_extras=True)
         names = [f.name for f in dataclasses.fields(cls) if f.name != "role"]
-        table = _tables[cls] = tuple((n, _camel(n), hints[n]) for n in names)
+        table = _tables[cls] = tuple((n, _camel(n), _form(hints[n])) for n in names)
     return table
-
-
-def _bound(annotation: Any) -> tuple[Any, int | None]:
-    if get_origin(annotation) is Annotated:
-        inner, limit = get_args(annotation)
-        return inner, limit.n
-    return annotation, None
 
 
 def _check_len(length: int, limit: int | None, name: str) -> None:
@@ -204,8 +303,8 @@ def _check_len(length: int, limit: int | None, name: str) -> None:
         raise Malformed(f"{name} has {length} elements or bytes, at most {limit} are allowed")
 
 
-def _read_value(value: Any, annotation: Any, name: str) -> Any:
-    kind, limit = _bound(annotation)
+def _read_value(value: Any, form: _Form, name: str) -> Any:
+    kind, limit, element = form
     if kind is int or kind is bool:
         return kind(value)
     if kind is str:
@@ -218,15 +317,14 @@ def _read_value(value: Any, annotation: Any, name: str) -> Any:
     if kind is ErrorCode:
         # By number: asking pycapnp for the name of an enumerant from a newer schema is an error of its own.
         return _read_code(int(value.raw))
-    if get_origin(kind) is tuple:
+    if element is not None:
         _check_len(len(value), limit, name)  # before the walk: a list of empty elements costs its sender nothing
-        element = get_args(kind)[0]
         return tuple(_read_value(v, element, name) for v in value)
     return _read_struct(value, kind)
 
 
 def _read_struct(reader: Any, cls: type[_T], **extra: Any) -> _T:
-    values = {attr: _read_value(getattr(reader, field), ann, field) for attr, field, ann in _fields(cls)}
+    values = {attr: _read_value(getattr(reader, field), form, field) for attr, field, form in _fields(cls)}
     result = cls(**values, **extra)
     check = getattr(result, "check", None)
     if check is not None:
@@ -238,32 +336,32 @@ def _write_struct(builder: Any, value: Any) -> None:
     check = getattr(value, "check", None)
     if check is not None:
         check()
-    for attr, field, annotation in _fields(type(value)):
-        _write_value(builder, field, getattr(value, attr), annotation)
+    for attr, field, form in _fields(type(value)):
+        _write_value(builder, field, getattr(value, attr), form)
 
 
-def _write_value(builder: Any, field: str, value: Any, annotation: Any) -> None:
-    kind, limit = _bound(annotation)
+def _write_value(builder: Any, field: str, value: Any, form: _Form) -> None:
+    kind, limit, element = form
     if kind is str:
         _check_len(len(value.encode()), limit, field)
-    elif kind is bytes or get_origin(kind) is tuple:
+    elif kind is bytes or element is not None:
         _check_len(len(value), limit, field)
     if kind is ErrorCode:
         setattr(builder, field, value.value)
-    elif get_origin(kind) is tuple:
-        element = get_args(kind)[0]
+    elif element is not None:
         items = builder.init(field, len(value))
-        inner, inner_limit = _bound(element)
         for i, item in enumerate(value):
-            if inner is str:
-                _check_len(len(item.encode()), inner_limit, field)
+            if element.kind is str:
+                _check_len(len(item.encode()), element.limit, field)
                 items[i] = item
-            elif inner is int:
+            elif element.kind is int:
                 items[i] = item
             else:
                 _write_struct(items[i], item)
-    else:
+    elif kind in _PLAIN:
         setattr(builder, field, value)
+    else:
+        _write_struct(builder.init(field), value)
 
 
 def _read_union(reader: Any, members: dict[str, type[Any]]) -> Any:
@@ -271,9 +369,9 @@ def _read_union(reader: Any, members: dict[str, type[Any]]) -> Any:
     cls = members.get(tag)
     if cls is None:
         raise Malformed(f"unknown union member {tag}")
-    if cls in _TEXT_ONLY:
-        ((attr, _, annotation),) = _fields(cls)
-        return cls(**{attr: _read_value(getattr(reader, tag), annotation, tag)})
+    if cls in _BARE:
+        ((attr, _, form),) = _fields(cls)
+        return cls(**{attr: _read_value(getattr(reader, tag), form, tag)})
     if not _fields(cls):
         return cls()
     return _read_struct(getattr(reader, tag), cls)
@@ -283,9 +381,9 @@ def _write_union(builder: Any, members: dict[str, type[Any]], value: Any) -> Non
     tag = next((t for t, cls in members.items() if cls is type(value)), None)
     if tag is None:
         raise ValueError(f"{type(value).__name__} is not one of {', '.join(members)}")
-    if type(value) in _TEXT_ONLY:
-        ((attr, _, annotation),) = _fields(type(value))
-        _write_value(builder, tag, getattr(value, attr), annotation)
+    if type(value) in _BARE:
+        ((attr, _, form),) = _fields(type(value))
+        _write_value(builder, tag, getattr(value, attr), form)
     elif not _fields(type(value)):
         setattr(builder, tag, None)
     else:
@@ -370,3 +468,14 @@ def encode_life(life: Life) -> bytes:
 def decode_life(data: bytes) -> Life:
     """The Life message in ``data``. Raises Malformed and nothing else."""
     return cast(Life, _decode(_boot.Life, data, MAX_LIFE_BYTES, lambda r: _read_union(r, _LIVES)))
+
+
+def encode_struct(struct: Any, value: Any, most: int) -> bytes:
+    """``value``, a dataclass with bounds as in messages.py, as a message of ``struct`` (see load) of at most ``most``
+    bytes. ValueError where a field is out of its bounds."""
+    return _encode(struct, most, lambda b: _write_struct(b, value))
+
+
+def decode_struct(struct: Any, cls: type[_T], data: bytes, most: int) -> _T:
+    """The ``cls`` in ``data``, which may be anything. Raises Malformed and nothing else."""
+    return cast(_T, _decode(struct, data, most, lambda r: _read_struct(r, cls)))

@@ -18,6 +18,9 @@ from motorcade.proto.wire import HWM, Refusals, Wait, endpoint, readable, receiv
 
 BATCH = 64  # messages per process() call, so that a chatty peer does not keep the loop's other work waiting
 
+_ANSWERS: dict[type[Request], type[Answer]] = {schema.StatsRequest: schema.StatsReport, schema.Save: schema.Saved}
+"""What is answered to a request by something else than Ok."""
+
 
 @dataclass(frozen=True, slots=True)
 class Timeout:
@@ -26,6 +29,7 @@ class Timeout:
     Its process may still run and use guest memory."""
 
     deadline_ms: int
+    unconnected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ OnAnswer: TypeAlias = Callable[[Outcome], None]
 class _Pending:
     due: float
     deadline_ms: int
-    stats: bool  # which answers fit
+    wanted: type[Answer]  # the answer that fits, besides Error
     on_answer: OnAnswer
 
 
@@ -87,8 +91,10 @@ class ControlServer:
         self._wait = Wait(self._router, self._zap)
         self._path = ""
 
-    def bind(self, path: str) -> None:
+    def bind(self, path: str, fd: int = -1) -> None:
         """Listens at ``path`` with mode 0600. Changes the umask for a moment: do it before starting threads.
+
+        ``fd``: a socket that listens there already, taken over; its file stays the caller's to remove.
 
         PermissionError where others may enter the directory; ValueError where the path is too long;
         zmq.ZMQError where the kernel refuses.
@@ -99,6 +105,10 @@ class ControlServer:
             raise PermissionError(
                 f"{parent} can be entered by others; the control socket needs a directory of mode 0700"
             )
+        if fd >= 0:
+            self._router.setsockopt(zmq.USE_FD, fd)
+            self._router.bind(address)
+            return
         old = os.umask(0o177)
         try:
             self._router.bind(address)
@@ -144,7 +154,7 @@ class ControlServer:
             self._defer(on_answer, Gone())
             return
         if peer.route is None:
-            self._defer(on_answer, Timeout(deadline_ms))
+            self._defer(on_answer, Timeout(deadline_ms, unconnected=True))
             return
         try:
             self._send(peer.route, data)
@@ -154,10 +164,10 @@ class ControlServer:
         except zmq.ZMQError as e:
             if e.errno != zmq.EHOSTUNREACH:
                 raise
-            self._defer(on_answer, Timeout(deadline_ms))
+            self._defer(on_answer, Timeout(deadline_ms, unconnected=True))
             return
         due = time.monotonic() + deadline_ms / 1000
-        peer.pending[self._last_id] = _Pending(due, deadline_ms, isinstance(body, schema.StatsRequest), on_answer)
+        peer.pending[self._last_id] = _Pending(due, deadline_ms, _ANSWERS.get(type(body), schema.Ok), on_answer)
 
     def answer(self, device_id: str, request_id: int, body: Answer) -> None:
         """Answers the Hello with ``request_id``; does nothing where that sidecar is gone meanwhile."""
@@ -307,8 +317,7 @@ class ControlServer:
                 peer.device_id, "a late or second answer" if late else "an answer to nothing", message.id
             )
             return
-        fits = isinstance(body, Error | (schema.StatsReport if pending.stats else schema.Ok))
-        if not fits:
+        if not isinstance(body, Error | pending.wanted):
             # The request stays open: a wrong answer must not spare the peer its deadline.
             self.refusals.note(peer.device_id, "an answer of the wrong kind", type(body).__name__)
             return
