@@ -8,6 +8,7 @@ class _Lib:
     MC_BLK_MAX_QUEUES: int
     MC_BLK_QUEUE_SIZE: int
     MC_BLK_OVERLAY_BLOCK: int
+    MC_BLK_MAX_LAYERS: int
     MC_BLK_AUTO: int
     MC_BLK_URING: int
     MC_BLK_SYNC: int
@@ -48,6 +49,8 @@ class _Lib:
     def mc_vq_init(self, vq: CData, size: int, desc: int, avail: int, used: int, /) -> int: ...
     def mc_vq_strerror(self, error: int, /) -> CData: ...
     def mc_sandbox_enter(self, step: CData, /) -> int: ...
+    def mc_uffd_open(self, device_fd: int, /) -> int: ...
+    def mc_uffd_register(self, uffd: int, address: int, size: int, /) -> int: ...
 
 ffi: Any
 lib: _Lib

@@ -13,14 +13,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from motorcade.proto.messages import DeviceState, QueueState, QueueStats
 from motorcade.proto.messages import Queue as QueueConfig
-from motorcade.proto.messages import QueueStats
 
 if TYPE_CHECKING:
     from motorcade.proto.memory import GuestMemory
     from motorcade.proto.messages import Boot, StatsReport
 
-__all__ = ["BrokenQueue", "Device", "QueueConfig", "QueueStats", "broken", "init_memory", "init_queue", "map_isr"]
+__all__ = [
+    "BrokenQueue",
+    "Device",
+    "DeviceState",
+    "QueueConfig",
+    "QueueState",
+    "QueueStats",
+    "broken",
+    "init_memory",
+    "init_queue",
+    "map_dirty",
+    "map_isr",
+    "queue_state",
+]
 
 # Feature bits that every kind offers for its own queues (virtio 1.2, section 6).
 RING_INDIRECT_DESC = 1 << 28
@@ -28,6 +41,7 @@ RING_EVENT_IDX = 1 << 29
 RING_FEATURES = RING_INDIRECT_DESC | RING_EVENT_IDX
 
 MAX_QUEUE_SIZE = 1024  # MC_MAX_QUEUE_SIZE
+DIRTY_PAGE = 4096  # MC_DIRTY_PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,8 @@ class Device(abc.ABC):
         self.boot = boot
         self.fds = fds
         self.memory = memory
+        # The dirty log, for init_memory(); None: nobody wants to know.
+        self.dirty = map_dirty(fds["dirty"]) if "dirty" in fds else None
         # Signalled by the C loop when the main loop should look at broken_queues() and config.
         self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -82,7 +98,8 @@ class Device(abc.ABC):
         """The driver is ready; ``run`` follows on the data thread, where it is not ``always_on``. ``features`` is a
         subset of those offered.
 
-        A queue whose rings are not legal is no error: it is broken from the start (``broken_queues``).
+        A queue whose rings are not legal is no error: it is broken from the start (``broken_queues``). A device at rest
+        (``quiesce``) takes nothing from its queues until it goes on; the same goes for ``reset``.
         """
 
     @abc.abstractmethod
@@ -91,11 +108,37 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def stop(self) -> None:
-        """Asks ``run`` to return, at once or, when it has not been entered yet, as soon as it is."""
+        """Asks ``run`` to return, at once or, when it has not been entered yet, as soon as it is. One call, one return;
+        ``run`` may be entered again after that. A loop that holds (``quiesce``) returns as well."""
 
     @abc.abstractmethod
     def reset(self) -> None:
         """Forgets the driver's settings. ``run`` has returned or was never called, where it is not ``always_on``."""
+
+    # Snapshots (docs/internals.md). A device that is not always on comes to rest by stop(), and goes on by run().
+
+    def quiesce(self) -> None:
+        """Comes to rest. ``always_on``: on the main thread, at any time, before ``run`` was entered too. Returns within
+        milliseconds, when the loop holds: no guest memory is touched, no interrupt raised, no input taken.
+
+        Others: on the data thread, while ``run`` is not entered, and for as long as it takes. What a copy of the
+        backend must have is in it afterwards. OSError: that cannot be, and the device goes on as before.
+        """
+        if self.always_on:
+            raise NotImplementedError(f"{type(self).__name__} cannot be quiesced")
+
+    def resume(self) -> None:  # noqa: B027 - a device that is not always on has nothing to do
+        """Goes on after ``quiesce``, on the main thread; looks at every queue once, kick or none. Not ``always_on``:
+        ``run`` follows, if the driver is ready."""
+
+    def save(self) -> DeviceState:
+        """At rest. Equal devices give equal bytes. ``queues`` are those that the driver set up (``queue_state``)."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be saved")
+
+    def load(self, state: DeviceState) -> None:
+        """At rest and not activated: takes over what ``save`` gave. ``activate`` follows if there were queues, with
+        their positions. ValueError: no state of this kind, or of a version that it does not know; nothing changed."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be loaded")
 
     def broken_queues(self) -> list[BrokenQueue]:
         """The queues that are broken now. The runtime announces each once an activation."""
@@ -124,11 +167,20 @@ def map_isr(fd: int) -> mmap.mmap:
     return mmap.mmap(fd, mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
+def map_dirty(fd: int) -> mmap.mmap:
+    """Maps the dirty log, one bit a page of guest memory, shared with the core. The caller owns the mapping.
+
+    ValueError: it is empty. Whether it is long enough is checked by ``init_memory``."""
+    return mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
 # The C objects below are cffi's, of a different extension for each kind, so their static type is Any.
 
 
-def init_memory(ffi: Any, mem: Any, memory: GuestMemory) -> None:
-    """Fills a ``struct mc_mem *`` with this process's mapping, which must outlive it."""
+def init_memory(ffi: Any, mem: Any, memory: GuestMemory, dirty: mmap.mmap | None = None) -> None:
+    """Fills a ``struct mc_mem *`` with this process's mappings of guest memory and dirty log, which must outlive it.
+
+    ValueError: too many regions, or a dirty log that does not cover them."""
     if len(memory.regions) > len(mem.regions):
         raise ValueError(f"{len(memory.regions)} regions of guest RAM; at most {len(mem.regions)} are supported")
     mem.n = len(memory.regions)
@@ -136,19 +188,33 @@ def init_memory(ffi: Any, mem: Any, memory: GuestMemory) -> None:
         mem.regions[i].gpa = region.gpa
         mem.regions[i].size = region.size
         mem.regions[i].hva = ffi.cast("uint8_t *", memory.host_address(i))
+        mem.regions[i].offset = region.offset
+    mem.dirty = ffi.NULL
+    if dirty is not None:
+        pages = -(-max(r.offset + r.size for r in memory.regions) // DIRTY_PAGE)
+        if len(dirty) < -(-pages // 64) * 8:
+            raise ValueError(f"a dirty log of {len(dirty)} bytes is too short for {pages} pages")
+        mem.dirty = ffi.cast("uint64_t *", ffi.from_buffer(dirty))
 
 
 def init_queue(lib: Any, vq: Any, queue: QueueConfig, features: int, *, kick_fd: int, call_fd: int) -> None:
-    """Starts a ``struct mc_vq *`` whose ``mem`` and ``isr`` are set, from empty rings. Rings that are not legal leave
-    ``vq.error`` set."""
+    """Starts a ``struct mc_vq *`` whose ``mem`` and ``isr`` are set, at the positions of ``queue``. Rings that are not
+    legal leave ``vq.error`` set; a queue that was broken before stays so."""
     vq.kick_fd = kick_fd
     vq.call_fd = call_fd
     vq.index = queue.index
     vq.event_idx = bool(features & RING_EVENT_IDX)
     vq.indirect = bool(features & RING_INDIRECT_DESC)
-    vq.last_avail = 0
-    vq.used_idx = 0
+    vq.last_avail = queue.last_avail
+    vq.used_idx = queue.used_idx
     lib.mc_vq_init(vq, queue.size, queue.desc, queue.driver, queue.device)
+    if queue.error:
+        vq.error = queue.error
+
+
+def queue_state(vq: Any) -> QueueState:
+    """Where a ``struct mc_vq *`` stands. Its loop is at rest: what was taken was pushed, or given back."""
+    return QueueState(vq.index, vq.last_avail, vq.used_idx, vq.error)
 
 
 def broken(ffi: Any, lib: Any, vqs: Sequence[Any]) -> list[BrokenQueue]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -33,6 +34,10 @@ OPERATIONS = {
     lib.VIRTIO_BLK_T_WRITE_ZEROES: "write zeroes",
 }
 WCE_OFFSET = ffi.offsetof("struct virtio_blk_config", "wce")
+STATE_VERSION = 1
+_STATE = struct.Struct(
+    "<B3xIQ"
+)  # write-back cache, block size, capacity in sectors: what the driver was told, and chose
 LOG_INTERVAL = 1.0  # seconds between two log lines about failed requests
 
 
@@ -51,7 +56,7 @@ class BlkDevice(base.Device):
             raise ValueError(f"unknown ioEngine {role.io_engine!r}; known: {', '.join(ENGINES)}")
         self.role = role
         self._mem = ffi.new("struct mc_mem *")
-        base.init_memory(ffi, self._mem, memory)
+        base.init_memory(ffi, self._mem, memory, self.dirty)
         self._isr = base.map_isr(fds["isr"])
         self._active: list[int] = []
         self._logged = (0.0, 0)  # when, and how many failures until then
@@ -67,23 +72,30 @@ class BlkDevice(base.Device):
             log.warning("io_uring is not permitted here: plain system calls, one transfer at a time")
 
     def _params(self, role: BlkBoot) -> _blk.CData:
-        header = None
-        if role.overlay:
-            header = overlay.open_pair(self.fds["overlay"], self.fds["disk"])
+        if role.layers > (overlay.MAX_LAYERS if role.overlay else 0):
+            raise ValueError(f"{role.layers} layers: below an overlay up to {overlay.MAX_LAYERS} are possible")
+        files = [self.fds[f"layer.{i}"] for i in range(role.layers)]
+        files += [self.fds["overlay"]] if role.overlay else []
+        headers = overlay.open_stack([self.fds["disk"], *files])
+        found = [
+            {"fd": fd, "map": header.map_offset, "data": header.data_offset}
+            for fd, header in zip(files, headers, strict=True)
+        ]
+        top = found.pop() if found else {"fd": -1}
         return ffi.new(
             "struct mc_blk_params *",
             {
                 "disk_fd": self.fds["disk"],
-                "overlay_fd": self.fds["overlay"] if role.overlay else -1,
                 "event_fd": self.event_fd,
                 "engine": ENGINES[role.io_engine],
                 "readonly": role.readonly,
                 "direct": role.direct,
                 "discard": role.discard,
                 "queues": role.queues,
-                "overlay_size": header.size if header else 0,
-                "overlay_map": header.map_offset if header else 0,
-                "overlay_data": header.data_offset if header else 0,
+                "overlay_size": headers[-1].size if headers else 0,
+                "overlay": top,
+                "layers": len(found),
+                "layer": found,
                 "serial": role.serial.encode()[: lib.VIRTIO_BLK_ID_BYTES],
                 "mem": self._mem,
                 "isr": ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr)),
@@ -135,6 +147,34 @@ class BlkDevice(base.Device):
         self._active = []
         lib.mc_blk_reset(self._blk)
 
+    def quiesce(self) -> None:
+        """The file, or the overlay, holds all that the driver has written, and can be copied."""
+        self._sync()
+
+    def save(self) -> base.DeviceState:
+        """What was written is in the files; what is left is the cache mode, and what the driver knows the disk by."""
+        c = self._config
+        queues = tuple(base.queue_state(lib.mc_blk_queue(self._blk, i)) for i in sorted(self._active))
+        return base.DeviceState(STATE_VERSION, _STATE.pack(bool(c.wce), c.blk_size, c.capacity), queues)
+
+    def load(self, state: base.DeviceState) -> None:
+        if state.version != STATE_VERSION:
+            raise ValueError(f"a disk's state of version {state.version}; this program knows version {STATE_VERSION}")
+        if len(state.data) != _STATE.size:
+            raise ValueError(f"a disk's state of {len(state.data)} bytes, not {_STATE.size}")
+        writeback, block, capacity = _STATE.unpack(state.data)
+        c = self._config
+        if state.data != _STATE.pack(bool(writeback), block, capacity):
+            raise ValueError("a disk's state with a cache mode that does not exist")
+        if capacity != c.capacity:
+            raise ValueError(f"{self.role.path} has {c.capacity} sectors, the saved disk had {capacity}")
+        if not block or block % c.blk_size:
+            raise ValueError(
+                f"{self.role.path} takes no less than {c.blk_size} bytes at a time, the saved disk took {block}"
+            )
+        if not self.role.readonly:
+            lib.mc_blk_set_writeback(self._blk, bool(writeback))
+
     def broken_queues(self) -> list[base.BrokenQueue]:
         self._log_failures()
         return base.broken(ffi, lib, [lib.mc_blk_queue(self._blk, i) for i in self._active])
@@ -168,6 +208,9 @@ class BlkDevice(base.Device):
         )
 
     def close(self) -> None:
+        self._sync()
+
+    def _sync(self) -> None:
         if err := lib.mc_blk_sync(self._blk):
             raise OSError(err, f"{self.role.path}: what was written may not be permanent: {errno.errorcode.get(err)}")
 

@@ -1,4 +1,5 @@
-"""Copy-on-write overlay files over a read-only base (docs/overlay-format.md): made, recognised and checked here.
+"""Copy-on-write overlay files over a read-only base, an image or another overlay (docs/overlay-format.md): made,
+recognised and checked here.
 
 The data path (sidecars/native/blk_overlay.c) reads and writes the map and the data; the header never changes after the
 file was made.
@@ -7,10 +8,12 @@ file was made.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import stat
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ MAP_OFFSET = 4096
 DATA_ALIGN = 1 << 20
 _HEADER = struct.Struct("<8sIIQQQQq32s")  # magic, version, block, size, map, data, base size, base mtime, base sample
 _CRC = struct.Struct("<I")
+MAX_LAYERS = 63  # between the image and the overlay that is written to
 _SAMPLES = 64
 
 
@@ -31,7 +35,8 @@ class OverlayError(Exception):
 
 @dataclass(frozen=True)
 class Identity:
-    """By which a base is recognised. ``mtime`` in ns, 0 for block devices, which have none that says anything."""
+    """By which a base, the file directly below an overlay, is recognised. ``mtime`` in ns, 0 for block devices, which
+    have none that says anything."""
 
     size: int
     mtime: int
@@ -70,24 +75,18 @@ def identify(fd: int) -> Identity:
     return Identity(size, info.st_mtime_ns if stat.S_ISREG(info.st_mode) else 0, digest.digest())
 
 
-def create(path: str | os.PathLike[str], base_fd: int) -> Header:
+def create(path: str | os.PathLike[str], base_fd: int, *, layer: bool = False) -> Header:
     """Makes an empty overlay at ``path`` over the base ``base_fd``, whole or not at all, and permanent on return.
 
     It takes a few KiB; its apparent size is the disk's. FileExistsError where ``path`` exists; OSError.
+    ``layer``: as of ``init``.
     """
-    identity = identify(base_fd)
-    size = identity.size // 512 * 512
-    header = Header(size, MAP_OFFSET, 0, identity)
-    data = -(-(MAP_OFFSET + header.map_size) // DATA_ALIGN) * DATA_ALIGN
-    header = Header(size, MAP_OFFSET, data, identity)
-
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.new")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:
-            os.write(fd, _pack(header))
-            os.ftruncate(fd, data + -(-size // BLOCK) * BLOCK)
+            header = init(fd, base_fd, identify(base_fd), layer=layer)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -99,6 +98,22 @@ def create(path: str | os.PathLike[str], base_fd: int) -> Header:
         os.fsync(directory)
     finally:
         os.close(directory)
+    return header
+
+
+def init(fd: int, base_fd: int, identity: Identity, *, layer: bool = False) -> Header:
+    """Makes the empty file ``fd`` an empty overlay over the base ``base_fd``, whose ``identify`` is ``identity``; not
+    fsynced. Both stay the caller's.
+
+    ``layer``: the base is itself an overlay. That is never guessed from its content: a guest that has written an image
+    would else choose what it is read as. OSError; OverlayError, where a layer is no overlay.
+    """
+    size = read_header(base_fd).size if layer else identity.size // 512 * 512
+    header = Header(size, MAP_OFFSET, 0, identity)
+    data = -(-(MAP_OFFSET + header.map_size) // DATA_ALIGN) * DATA_ALIGN
+    header = Header(size, MAP_OFFSET, data, identity)
+    os.pwrite(fd, _pack(header), 0)
+    os.ftruncate(fd, data + -(-size // BLOCK) * BLOCK)
     return header
 
 
@@ -146,6 +161,25 @@ def open_pair(overlay_fd: int, base_fd: int) -> Header:
     if base.sample != header.base.sample:
         raise OverlayError("its base has another content than when the overlay was made")
     return header
+
+
+def open_stack(fds: Sequence[int]) -> list[Header]:
+    """The headers of a stack of overlays, the lowest first. ``fds``: the image, then all overlays from the lowest up.
+
+    Each must fit the file directly below it, and all must be of one disk. OverlayError, OSError.
+    """
+    headers: list[Header] = []
+    for i, (lower, upper) in enumerate(itertools.pairwise(fds)):
+        try:
+            header = open_pair(upper, lower)
+        except OverlayError as e:
+            if i + 2 == len(fds):
+                raise
+            raise OverlayError(f"layer {i}: {e}") from None
+        if headers and header.size != headers[-1].size:
+            raise OverlayError(f"it is of a disk of {header.size} bytes, the layer below it of {headers[-1].size}")
+        headers.append(header)
+    return headers
 
 
 @dataclass(frozen=True)

@@ -87,8 +87,18 @@ struct mc_blk *mc_blk_new(const struct mc_blk_params *params, char *error)
 	b->p = *params;
 	b->stop_fd = -1;
 	b->writeback = true;
+	if (params->layers > MC_BLK_MAX_LAYERS || (params->layers && params->overlay.fd < 0)) {
+		snprintf(error, 256, "%u layers: below an overlay up to %u are possible", params->layers, MC_BLK_MAX_LAYERS);
+		goto fail;
+	}
 	b->fds[FILE_DISK] = params->disk_fd;
-	b->fds[FILE_OVERLAY] = params->overlay_fd;
+	b->fds[FILE_OVERLAY] = params->overlay.fd;
+	b->data_off[FILE_OVERLAY] = params->overlay.data;
+	for (uint16_t i = 0; i < params->layers; i++) {
+		b->fds[FILE_LAYER + i] = params->layer[i].fd;
+		b->data_off[FILE_LAYER + i] = params->layer[i].data;
+	}
+	b->files = FILE_LAYER + params->layers;
 	if (params->queues == 0 || params->queues > MC_BLK_MAX_QUEUES) {
 		snprintf(error, 256, "%u queues: 1 to %u are possible", params->queues, MC_BLK_MAX_QUEUES);
 		goto fail;
@@ -177,7 +187,6 @@ void mc_blk_activate(struct mc_blk *b, uint64_t features, uint64_t queue_mask)
 		if (q->active && q->vq.error)
 			q->active = false;
 	}
-	__atomic_store_n(&b->stop, false, __ATOMIC_RELEASE);
 }
 
 void mc_blk_stop(struct mc_blk *b)
@@ -248,5 +257,7 @@ int mc_blk_run(struct mc_blk *b)
 		b->counters.wakeups++;
 		err = b->engine->wait(b, !more);
 	}
+	/* Asked once, returned once: the next run goes on. */
+	__atomic_store_n(&b->stop, false, __ATOMIC_RELAXED);
 	return err;
 }

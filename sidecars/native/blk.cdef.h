@@ -22,11 +22,16 @@
 #define VIRTIO_BLK_S_IOERR ...
 #define VIRTIO_BLK_S_UNSUPP ...
 enum mc_blk_engine { MC_BLK_AUTO, MC_BLK_URING, MC_BLK_SYNC, ... };
+#define MC_BLK_MAX_LAYERS ...
+struct mc_blk_overlay_file { int fd; uint64_t map, data; ...; };
 struct mc_blk_params {
-	int disk_fd, overlay_fd, event_fd, engine;
+	int disk_fd, event_fd, engine;
 	bool readonly, direct, discard;
 	uint16_t queues;
-	uint64_t overlay_size, overlay_map, overlay_data;
+	uint64_t overlay_size;
+	struct mc_blk_overlay_file overlay;
+	uint16_t layers;
+	struct mc_blk_overlay_file layer[...];
 	char serial[...];
 	const struct mc_mem *mem;
 	struct mc_isr *isr;

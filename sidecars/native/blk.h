@@ -20,22 +20,29 @@
 #define MC_BLK_QUEUE_SIZE 256
 #define MC_BLK_SEG_MAX 254		/* with a header and a status byte, a chain fills the queue at most */
 #define MC_BLK_OVERLAY_BLOCK 4096	/* what the overlay maps */
+#define MC_BLK_MAX_LAYERS 63
 
 enum mc_blk_engine { MC_BLK_AUTO, MC_BLK_URING, MC_BLK_SYNC };
+
+/* An overlay file: its descriptor, and of its header, where the map and the data begin. */
+struct mc_blk_overlay_file {
+	int fd;
+	uint64_t map, data;
+};
 
 /* Descriptors, mem and isr stay the caller's and must outlive the device. */
 struct mc_blk_params {
 	int disk_fd;			/* the image, or an overlay's base */
-	int overlay_fd;			/* -1: none */
 	int event_fd;			/* signalled when a queue broke or the host failed a request */
 	int engine;			/* enum mc_blk_engine */
 	bool readonly;
-	bool direct;			/* the descriptors were opened with O_DIRECT */
+	bool direct;			/* the descriptors, all of them, were opened with O_DIRECT */
 	bool discard;			/* space may be given back to the host */
 	uint16_t queues;
-	uint64_t overlay_size;		/* of the header: bytes of the disk, where the map and the data begin */
-	uint64_t overlay_map;
-	uint64_t overlay_data;
+	uint64_t overlay_size;		/* of the headers: bytes of the disk */
+	struct mc_blk_overlay_file overlay;	/* fd -1: none */
+	uint16_t layers;		/* read-only overlays between disk_fd and overlay, the lowest first */
+	struct mc_blk_overlay_file layer[MC_BLK_MAX_LAYERS];
 	char serial[VIRTIO_BLK_ID_BYTES];
 	const struct mc_mem *mem;
 	struct mc_isr *isr;
@@ -73,15 +80,16 @@ struct mc_vq *mc_blk_queue(struct mc_blk *b, uint16_t i);
 
 /* After mc_vq_init() of the queues in the mask, before mc_blk_run(). */
 void mc_blk_activate(struct mc_blk *b, uint64_t features, uint64_t queue_mask);
-/* Serves the queues until mc_blk_stop(), and then until nothing is in flight. Always from the same thread. Returns 0, or an
- * errno when the loop cannot go on. */
+/* Serves the queues until mc_blk_stop(), and then until nothing is in flight; may be entered again after that. Always from
+ * the same thread. Returns 0, or an errno when the loop cannot go on. */
 int mc_blk_run(struct mc_blk *b);
 void mc_blk_stop(struct mc_blk *b);
 /* mc_blk_run() has returned: the driver's settings are gone. */
 void mc_blk_reset(struct mc_blk *b);
 /* The driver's choice of cache mode (VIRTIO_BLK_F_CONFIG_WCE). Any time. */
 void mc_blk_set_writeback(struct mc_blk *b, bool on);
-/* Makes all completed writes permanent. Not while mc_blk_run() runs. Returns 0 or an errno. */
+/* Makes all completed writes permanent; the overlay file then holds the disk as it is. Not while mc_blk_run() runs. Returns 0
+ * or an errno; the device can go on either way. */
 int mc_blk_sync(struct mc_blk *b);
 
 #endif

@@ -69,8 +69,8 @@ int blk_geometry(struct mc_blk *b, char *error)
 	b->mem_align = b->file_align = 1;
 	if (b->p.direct) {
 		dio_align(b->p.disk_fd, &b->mem_align, &b->file_align);
-		if (blk_has_overlay(b))
-			dio_align(b->p.overlay_fd, &b->mem_align, &b->file_align);
+		for (uint32_t i = FILE_OVERLAY; blk_has_overlay(b) && i < b->files; i++)
+			dio_align(b->fds[i], &b->mem_align, &b->file_align);
 	}
 	uint32_t lb = logical_block(b);
 

@@ -18,13 +18,15 @@ struct blk_op;
 struct blk_req;
 
 enum blk_op_kind { OP_READ, OP_WRITE, OP_FSYNC, OP_FALLOCATE };
-enum blk_file { FILE_DISK, FILE_OVERLAY, BLK_FILES };
+
+/* Where data is. FILE_LAYER and up: the layers, the lowest first. */
+enum { FILE_DISK, FILE_OVERLAY, FILE_LAYER, BLK_FILES = FILE_LAYER + MC_BLK_MAX_LAYERS, FILE_NONE = 255 };
 
 /* One transfer, handed to the engine. The engine calls done() once, with what the system call would have returned, or
  * -errno; never from inside submit(). */
 struct blk_op {
 	enum blk_op_kind kind;
-	enum blk_file file;
+	uint8_t file;
 	int mode;			/* of fallocate */
 	uint32_t niov;
 	struct iovec *iov;		/* advanced in place after a short transfer */
@@ -56,7 +58,7 @@ struct blk_req {
 	uint8_t *bounce;
 	struct blk_req *next;		/* a free list or a waiting list; a request is on one at most */
 	struct blk_req *prev_writer, *next_writer;
-	struct iovec *iov;
+	struct iovec *iov;		/* stays as the driver gave it: the dirty log is told of it at the end */
 	struct iovec chain[BLK_IOV];
 	struct iovec slices[BLK_IOV + BLK_RUNS];	/* iov, cut up for the ops of one window */
 	struct blk_op ops[BLK_RUNS];
@@ -79,10 +81,11 @@ struct blk_queue {
 enum blk_state { BLOCK_BASE, BLOCK_DATA, BLOCK_ZERO, BLOCK_BAD };
 
 struct blk_overlay {
-	uint64_t map_off, data_off;
+	uint64_t map_off;
 	uint64_t blocks, pages;		/* pages of the map, of 4096 bytes */
 	uint8_t *live, *saved;
 	uint8_t *dirty;			/* a byte a page: live differs from saved */
+	uint8_t *below;			/* a byte a block: where it is when it is not here; NULL: all in FILE_DISK */
 	bool lost;			/* the host lost data that a flush should have kept: nothing more becomes permanent */
 };
 
@@ -111,7 +114,9 @@ struct mc_blk {
 	struct virtio_blk_config config;
 	uint64_t size;			/* bytes of the disk */
 	uint32_t mem_align, file_align;	/* for O_DIRECT; 1 without */
+	uint32_t files;			/* how many of fds there are */
 	int fds[BLK_FILES];
+	uint64_t data_off[BLK_FILES];	/* where the disk begins in each */
 	const struct blk_engine *engine;
 	void *engine_state;
 	int stop_fd;
@@ -134,7 +139,7 @@ struct mc_blk {
 	struct mc_blk_counters counters;
 };
 
-static inline bool blk_has_overlay(const struct mc_blk *b) { return b->p.overlay_fd >= 0; }
+static inline bool blk_has_overlay(const struct mc_blk *b) { return b->p.overlay.fd >= 0; }
 static inline uint64_t blk_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 void blk_list_add(struct blk_list *l, struct blk_req *r);
@@ -162,6 +167,8 @@ int blk_overlay_open(struct mc_blk *b, char *error);
 void blk_overlay_close(struct mc_blk *b);
 /* The state of the block at a disk offset, and in *len, at most as given, the bytes from there in the same state. */
 enum blk_state blk_overlay_run(const struct mc_blk *b, uint64_t off, uint64_t *len);
+/* The file that has the block at a disk offset, or FILE_NONE for zeroes, and the bytes from there that it has. */
+uint8_t blk_overlay_place(const struct mc_blk *b, uint64_t off, uint64_t *len);
 /* Sets all blocks that lie wholly in the range; the disk's last block may be short. */
 void blk_overlay_mark(struct mc_blk *b, uint64_t off, uint64_t len, enum blk_state state);
 bool blk_overlay_has_data(const struct mc_blk *b, uint64_t off, uint64_t len);

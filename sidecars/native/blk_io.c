@@ -20,15 +20,15 @@ static void drop_bounce(struct mc_blk *b, struct blk_req *r)
 	r->bounce = NULL;
 }
 
-/* Submits op of request r. off and len are of the disk; FILE_OVERLAY's data lies at an offset. */
-static void submit(struct mc_blk *b, struct blk_req *r, struct blk_op *op, enum blk_op_kind kind, enum blk_file file,
+/* Submits op of request r. off and len are of the disk; an overlay's data lies at an offset. */
+static void submit(struct mc_blk *b, struct blk_req *r, struct blk_op *op, enum blk_op_kind kind, uint8_t file,
 		   uint64_t off, uint64_t len, void (*done)(struct mc_blk *, struct blk_op *, int64_t))
 {
 	op->kind = kind;
 	op->file = file;
 	op->disk_off = off;
 	op->disk_len = len;
-	op->off = off + (file == FILE_OVERLAY ? b->ov.data_off : 0);
+	op->off = off + b->data_off[file];
 	op->len = len;
 	op->req = r;
 	op->done = done;
@@ -44,7 +44,7 @@ static void use_buffer(struct blk_op *op, void *buf, uint64_t len)
 }
 
 /* The data file of what is written or is not in the base. */
-static enum blk_file data_file(const struct mc_blk *b) { return blk_has_overlay(b) ? FILE_OVERLAY : FILE_DISK; }
+static uint8_t data_file(const struct mc_blk *b) { return blk_has_overlay(b) ? FILE_OVERLAY : FILE_DISK; }
 
 /* Accounts for a transfer's end. True: it is complete; false: the rest was submitted, or it failed. */
 static bool transferred(struct mc_blk *b, struct blk_op *op, int64_t res)
@@ -63,6 +63,10 @@ static bool transferred(struct mc_blk *b, struct blk_op *op, int64_t res)
 	op->len -= blk_min(res, op->len);
 	if (!op->len)
 		return true;
+	if (op->iov == r->iov) {
+		memcpy(r->slices, r->iov, sizeof(*r->iov) * op->niov);
+		op->iov = r->slices;
+	}
 	while (res) {
 		uint64_t part = blk_min(res, op->iov->iov_len);
 
@@ -141,24 +145,24 @@ static uint64_t window_partial(struct mc_blk *b, struct blk_req *r)
 {
 	uint64_t at = r->off + r->pos, start = at / BLOCK * BLOCK, len = block_len(b, at);
 	uint64_t n = blk_min(r->len - r->pos, start + len - at), run = len;
-	enum blk_state state = blk_overlay_run(b, start, &run);
+	uint8_t file = blk_overlay_place(b, start, &run);
 	struct blk_op *op = &r->ops[0];
 
-	if (state == BLOCK_ZERO && r->zeroes)
+	if (file == FILE_NONE && r->zeroes)
 		return n;
 	take_bounce(b, r);
-	if (state == BLOCK_ZERO) {
+	if (file == FILE_NONE) {
 		memset(r->bounce, 0, len);
 		copy_up(b, r, start, len);
 	} else {
 		use_buffer(op, r->bounce, len);
-		submit(b, r, op, OP_READ, state == BLOCK_DATA ? FILE_OVERLAY : FILE_DISK, start, len, copy_up_read_done);
+		submit(b, r, op, OP_READ, file, start, len, copy_up_read_done);
 	}
 	return n;
 }
 
 /* One transfer through a bounce buffer, of len bytes at most. */
-static uint64_t window_bounce(struct mc_blk *b, struct blk_req *r, enum blk_file file, uint64_t len)
+static uint64_t window_bounce(struct mc_blk *b, struct blk_req *r, uint8_t file, uint64_t len)
 {
 	struct blk_op *op = &r->ops[0];
 	bool out = r->type == VIRTIO_BLK_T_OUT;
@@ -184,7 +188,7 @@ static uint32_t find(const struct blk_req *r, uint64_t pos, uint64_t *skip)
 	return i;
 }
 
-/* A read of len bytes, of which parts lie in the base, parts in the overlay, and parts are zero. */
+/* A read of len bytes, of which parts lie in the base, parts in overlays, and parts are zero. */
 static uint64_t window_read(struct mc_blk *b, struct blk_req *r, uint64_t len)
 {
 	uint64_t skip, pos = r->pos, end = pos + len;
@@ -192,14 +196,14 @@ static uint64_t window_read(struct mc_blk *b, struct blk_req *r, uint64_t len)
 
 	while (pos < end && ops < BLK_RUNS) {
 		uint64_t run = end - pos, at = r->off + pos;
-		enum blk_state state = blk_overlay_run(b, at, &run);
+		uint8_t file = blk_overlay_place(b, at, &run);
 		struct iovec *first = &r->slices[used];
 
 		for (uint64_t left = run; left; ) {
 			uint64_t part = blk_min(left, r->iov[i].iov_len - skip);
 			uint8_t *base = (uint8_t *)r->iov[i].iov_base + skip;
 
-			if (state == BLOCK_ZERO)
+			if (file == FILE_NONE)
 				memset(base, 0, part);
 			else
 				r->slices[used++] = (struct iovec){.iov_base = base, .iov_len = part};
@@ -210,12 +214,12 @@ static uint64_t window_read(struct mc_blk *b, struct blk_req *r, uint64_t len)
 				i++;
 			}
 		}
-		if (state != BLOCK_ZERO) {
+		if (file != FILE_NONE) {
 			struct blk_op *op = &r->ops[ops++];
 
 			op->iov = first;
 			op->niov = &r->slices[used] - first;
-			submit(b, r, op, OP_READ, state == BLOCK_DATA ? FILE_OVERLAY : FILE_DISK, at, run, plain_done);
+			submit(b, r, op, OP_READ, file, at, run, plain_done);
 		}
 		pos += run;
 	}
@@ -223,7 +227,7 @@ static uint64_t window_read(struct mc_blk *b, struct blk_req *r, uint64_t len)
 }
 
 /* The rest of the request, or len bytes of it, in one transfer from where the data is. */
-static uint64_t window_whole(struct mc_blk *b, struct blk_req *r, enum blk_file file, uint64_t len)
+static uint64_t window_whole(struct mc_blk *b, struct blk_req *r, uint8_t file, uint64_t len)
 {
 	struct blk_op *op = &r->ops[0];
 
@@ -453,11 +457,10 @@ void blk_io_step(struct mc_blk *b, struct blk_req *r)
 		else if (!r->unaligned)
 			n = window_read(b, r, run);
 		else {
-			enum blk_state state = blk_overlay_run(b, r->off + pos, &run);
+			uint8_t file = blk_overlay_place(b, r->off + pos, &run);
 
 			/* A zero run of memory that is not aligned is no transfer at all. */
-			n = state == BLOCK_ZERO ? window_read(b, r, run)
-			    : window_bounce(b, r, state == BLOCK_DATA ? FILE_OVERLAY : FILE_DISK, run);
+			n = file == FILE_NONE ? window_read(b, r, run) : window_bounce(b, r, file, run);
 		}
 		r->pos += n;
 		if (r->inflight)

@@ -35,6 +35,10 @@ void blk_req_complete(struct mc_blk *b, struct blk_req *r, uint8_t status, uint3
 	struct blk_queue *q = r->q;
 
 	*r->status = status;
+	/* Of a read that failed, too: some of it may have arrived. */
+	if (r->type == VIRTIO_BLK_T_IN || r->type == VIRTIO_BLK_T_GET_ID)
+		mc_mem_mark_iov(q->vq.mem, r->iov, r->niov, r->len);
+	mc_mem_mark(q->vq.mem, r->status, 1);
 	if (status != VIRTIO_BLK_S_OK)
 		q->vq.stats.errors++;
 	mc_vq_push(&q->vq, r->head, in_len);
@@ -208,7 +212,8 @@ static bool start(struct mc_blk *b, struct blk_req *r, const struct mc_chain *c)
 		start_range(b, r, out);
 		break;
 	case VIRTIO_BLK_T_GET_ID:
-		r->in_len = mc_iov_write(r->iov, r->niov, 0, b->p.serial, sizeof(b->p.serial)) + (in <= sizeof(b->p.serial));
+		r->len = mc_iov_write(r->iov, r->niov, 0, b->p.serial, sizeof(b->p.serial));
+		r->in_len = r->len + (in <= sizeof(b->p.serial));
 		blk_req_complete(b, r, VIRTIO_BLK_S_OK, r->in_len);
 		break;
 	default:

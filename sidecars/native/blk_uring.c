@@ -100,7 +100,7 @@ static int uring_start(struct mc_blk *b)
 			return errno;
 		u->disabled = false;
 		/* Spares a reference count each; works without. */
-		u->registered = io_uring_register_files(&u->ring, b->fds, BLK_FILES) == 0;
+		u->registered = io_uring_register_files(&u->ring, b->fds, b->files) == 0;
 		io_uring_register_ring_fd(&u->ring);
 	}
 	for (unsigned i = 0; i <= POLL_STOP; i++) {

@@ -1,7 +1,7 @@
 """cffi builders (API mode) of the sidecars' C data paths: one extension a kind.
 
-Each kind is built from ``KIND*.c``, ``virtqueue*.c`` and ``sandbox*.c``; its declarations are their ``.cdef.h`` files,
-each next to a header of the same name. ``python sidecars/native/build.py KIND`` builds one
+Each kind is built from its PARTS: ``PART*.c`` of each; its declarations are their ``PART.cdef.h`` files, each next to a
+header of the same name. ``python sidecars/native/build.py KIND`` builds one
 in place; ``setup.py`` builds them all. ``MOTORCADE_SANITIZE=address,undefined`` builds with sanitizers.
 """
 
@@ -15,7 +15,15 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-LIBRARIES = {"blk": ["uring"], "net": ["uring"], "serial": []}
+DEVICE = ["virtqueue", "sandbox", "uffd"]
+PARTS = {
+    "blk": [*DEVICE, "blk"],
+    "net": [*DEVICE, "net"],
+    "serial": [*DEVICE, "serial"],
+    "pager": ["sandbox", "uffd", "crc32c", "pager"],
+    "queue": [*DEVICE, "queue"],  # of every kind that is written with the kit (sidecars/sdk)
+}
+LIBRARIES = {"blk": ["uring"], "net": ["uring"]}
 
 
 def builder(kind: str, relative_to: Path | None = ROOT) -> FFI:
@@ -24,7 +32,7 @@ def builder(kind: str, relative_to: Path | None = ROOT) -> FFI:
     def path(p: Path) -> str:
         return os.path.relpath(p, relative_to) if relative_to else str(p)
 
-    names = ["virtqueue", "sandbox", kind]
+    names = PARTS[kind]
     sources = sorted({p for name in names for p in HERE.glob(f"{name}*.c")})
     ffi = FFI()
     for name in names:
@@ -40,7 +48,7 @@ def builder(kind: str, relative_to: Path | None = ROOT) -> FFI:
         sources=[path(p) for p in sources],
         depends=[path(p) for p in sorted(HERE.glob("*.h"))],
         include_dirs=[path(HERE), path(ROOT / "core" / "native")],
-        libraries=LIBRARIES[kind],
+        libraries=LIBRARIES.get(kind, []),
         extra_compile_args=flags,
         extra_link_args=link,
         py_limited_api=True,  # as setuptools does by itself: both ways then make a file of one name
@@ -62,9 +70,10 @@ def build_in_place(kind: str, target_dir: Path = ROOT / "sidecars") -> Path:
     return target
 
 
-blk = net = serial = None
+blk = net = serial = pager = queue = None
 if __name__ == "__main__":
-    for name in sys.argv[1:] or sorted(LIBRARIES):
+    for name in sys.argv[1:] or PARTS:
         build_in_place(name)
 else:
-    blk, net, serial = builder("blk"), builder("net"), builder("serial")
+    blk, net, serial, pager = builder("blk"), builder("net"), builder("serial"), builder("pager")
+    queue = builder("queue")

@@ -59,8 +59,9 @@ int net_set_offloads(struct mc_net *net, uint64_t guest)
 {
 	int err = 0;
 
+	/* Whatever the guest takes: a tap is asked for no more than it can deliver. */
 	if (net->backend == MC_NET_TAP && !net->backend_error)
-		err = net_tap_offloads(net->fds[0], guest);
+		err = net_tap_offloads(net->fds[0], guest & net->deliverable);
 	if (!err)
 		net->offloads = guest;
 	return err;
@@ -153,7 +154,7 @@ int mc_net_set_features(struct mc_net *net, uint64_t features)
 }
 
 int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used,
-		     uint16_t last_avail, uint16_t used_idx, int kick, int call)
+		     uint16_t last_avail, uint16_t used_idx, int error, int kick, int call)
 {
 	bool *set = NULL;
 	struct mc_vq *vq = queue_at(net, index, &set);
@@ -169,7 +170,10 @@ int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t
 	vq->indirect = net->features & BIT(VIRTIO_RING_F_INDIRECT_DESC);
 	vq->last_avail = last_avail;
 	vq->used_idx = used_idx;
-	*set = mc_vq_init(vq, size, desc, avail, used) == MC_VQ_OK;
+	mc_vq_init(vq, size, desc, avail, used);
+	if (error)
+		vq->error = error;
+	*set = vq->error == MC_VQ_OK;
 	return vq->error;
 }
 
@@ -182,10 +186,13 @@ static void queue_reset(struct mc_vq *vq, bool *set)
 
 void mc_net_reset(struct mc_net *net)
 {
+	if (net->backend == MC_NET_LINK)
+		net_link_stop(net);
 	for (uint16_t i = 0; i < net->max_pairs; i++) {
 		struct net_pair *p = &net->pairs[i];
 
 		p->stash_len = 0;
+		net_held_free(p);
 		p->want = 2048;
 		queue_reset(&p->rx, &p->rx_set);
 		queue_reset(&p->tx, &p->tx_set);
@@ -193,7 +200,36 @@ void mc_net_reset(struct mc_net *net)
 	queue_reset(&net->ctrl, &net->ctrl_set);
 	net_set_pairs(net, 1);
 	mc_net_set_features(net, 0);
-	__atomic_store_n(&net->mac, net->boot_mac, __ATOMIC_RELAXED);
+	mc_net_set_mac(net, NULL);
+}
+
+void mc_net_set_mac(struct mc_net *net, const uint8_t *mac)
+{
+	uint64_t value = net->boot_mac;
+
+	if (mac)
+		memcpy(&value, mac, 6);
+	__atomic_store_n(&net->mac, value, __ATOMIC_RELAXED);
+}
+
+void mc_net_get_setup(const struct mc_net *net, struct mc_net_setup *setup)
+{
+	*setup = (struct mc_net_setup){
+		.features = net->features,
+		.offloads = net->offloads,
+		.pairs = net->active_pairs,
+		.mac_set = net->mac != net->boot_mac,
+	};
+	memcpy(setup->mac, &net->mac, 6);
+}
+
+int mc_net_restore(struct mc_net *net, const struct mc_net_setup *setup)
+{
+	if (!setup->pairs || setup->pairs > net->max_pairs || (setup->offloads & ~(net->features & NET_GUEST_OFFLOADS)))
+		return -EINVAL;
+	int err = net_set_pairs(net, setup->pairs);
+
+	return err ? err : net_set_offloads(net, setup->offloads);
 }
 
 static uint64_t offered(const struct mc_net *net, uint64_t guest, uint16_t mtu)
@@ -208,7 +244,8 @@ static uint64_t offered(const struct mc_net *net, uint64_t guest, uint16_t mtu)
 		f |= BIT(VIRTIO_NET_F_MQ);
 	if (net->backend == MC_NET_PASST)
 		return f;
-	/* What a tap's kernel or a link's other end can do with unfinished frames of ours is always the same. */
+	/* What a tap's kernel or a link's other end can do with unfinished frames of ours is always the same, and nobody
+	 * minds what is not sent at all. */
 	f |= BIT(VIRTIO_NET_F_CSUM) | BIT(VIRTIO_NET_F_HOST_TSO4) | BIT(VIRTIO_NET_F_HOST_TSO6) |
 	     BIT(VIRTIO_NET_F_HOST_ECN);
 	if (guest & BIT(VIRTIO_NET_F_GUEST_UFO))
@@ -216,10 +253,23 @@ static uint64_t offered(const struct mc_net *net, uint64_t guest, uint16_t mtu)
 	return guest ? f | guest | BIT(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) : f;
 }
 
+uint64_t mc_net_unservable(const struct mc_net *net, uint64_t features)
+{
+	const uint64_t host = BIT(VIRTIO_NET_F_CSUM) | BIT(VIRTIO_NET_F_HOST_TSO4) | BIT(VIRTIO_NET_F_HOST_TSO6) |
+			      BIT(VIRTIO_NET_F_HOST_ECN) | BIT(VIRTIO_NET_F_HOST_UFO);
+	uint64_t known = net->offered | NET_GUEST_OFFLOADS | BIT(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) |
+			 BIT(VIRTIO_NET_F_MTU);
+
+	/* A guest's unfinished frames go on as they are, or nowhere; a link drops what its other end would not take
+	 * (UFO, which Linux accepts and has not used since 4.14). passt is the one that would have to finish them. */
+	if (net->backend != MC_NET_PASST)
+		known |= host;
+	return features & ~known;
+}
+
 static int init(struct mc_net *net, const int *fds, uint16_t mtu, int capture)
 {
 	const uint64_t link = NET_GUEST_OFFLOADS & ~BIT(VIRTIO_NET_F_GUEST_UFO);
-	uint64_t guest = 0;
 	int err = net_pcap_init(&net->pcap, capture);
 
 	net->stop_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -240,19 +290,22 @@ static int init(struct mc_net *net, const int *fds, uint16_t mtu, int capture)
 	case MC_NET_TAP:
 		for (uint16_t i = 0; i < net->max_pairs; i++)
 			net->pairs[i].fd = net->fds[i] = fds[i];
-		guest = net_tap_probe(fds[0]);
+		net->deliverable = net_tap_probe(fds[0]);
 		break;
 	case MC_NET_PASST:
 		net->pairs[0].fd = net->fds[0] = fds[0];
 		err = err ? err : net_stream_init(&net->stream);
 		break;
 	case MC_NET_LINK:
-		guest = link;
+		net->deliverable = link;
 		err = err ? err : net_link_init(net, fds[0]);
 		break;
+	case MC_NET_NONE:
+		net->deliverable = NET_GUEST_OFFLOADS;	/* as a tap: a machine may be made without and restored with one */
+		break;
 	}
-	net->link_up = net->backend != MC_NET_LINK;
-	net->offered = offered(net, guest, mtu);
+	net->link_up = net->backend == MC_NET_TAP || net->backend == MC_NET_PASST;
+	net->offered = offered(net, net->deliverable, mtu);
 	mc_net_reset(net);
 	return err;
 }
@@ -263,8 +316,8 @@ struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int bac
 	struct mc_net *net;
 	int err;
 
-	if (!pairs || pairs > MC_NET_MAX_PAIRS || backend < MC_NET_TAP || backend > MC_NET_LINK ||
-	    (backend != MC_NET_TAP && pairs > 1)) {
+	if (!pairs || pairs > MC_NET_MAX_PAIRS || backend < MC_NET_TAP || backend > MC_NET_NONE ||
+	    ((backend == MC_NET_PASST || backend == MC_NET_LINK) && pairs > 1)) {
 		errno = EINVAL;
 		return NULL;
 	}
@@ -298,6 +351,7 @@ int mc_net_close(struct mc_net *net)
 	for (uint16_t i = 0; i < net->max_pairs; i++) {
 		free(net->pairs[i].iov);
 		free(net->pairs[i].bounce);
+		net_held_free(&net->pairs[i]);
 	}
 	free(net->tx_bounce);
 	if (net->stop_fd >= 0)

@@ -47,7 +47,7 @@ struct mc_net;
 #define VIRTIO_NET_F_MQ ...
 #define VIRTIO_NET_F_CTRL_MAC_ADDR ...
 #define VIRTIO_NET_S_LINK_UP ...
-enum mc_net_backend { MC_NET_TAP, MC_NET_PASST, MC_NET_LINK, ... };
+enum mc_net_backend { MC_NET_TAP, MC_NET_PASST, MC_NET_LINK, MC_NET_NONE, ... };
 struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int backend, const int *fds, uint16_t pairs,
 			   const uint8_t *mac, uint16_t mtu, int capture);
 int mc_net_close(struct mc_net *net);
@@ -56,11 +56,25 @@ int mc_net_event_fd(const struct mc_net *net);
 void mc_net_get_status(const struct mc_net *net, struct mc_net_status *status);
 int mc_net_set_features(struct mc_net *net, uint64_t features);
 int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used,
-		     uint16_t last_avail, uint16_t used_idx, int kick, int call);
+		     uint16_t last_avail, uint16_t used_idx, int error, int kick, int call);
 const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index);
 int mc_net_run(struct mc_net *net);
 void mc_net_stop(struct mc_net *net);
 void mc_net_reset(struct mc_net *net);
+struct mc_net_setup {
+	uint64_t features;
+	uint64_t offloads;
+	uint16_t pairs;
+	bool mac_set;
+	uint8_t mac[6];
+	...;
+};
+void mc_net_get_setup(const struct mc_net *net, struct mc_net_setup *setup);
+int mc_net_restore(struct mc_net *net, const struct mc_net_setup *setup);
+void mc_net_set_mac(struct mc_net *net, const uint8_t *mac);
+uint32_t mc_net_save_frames(const struct mc_net *net, uint16_t pair, uint8_t *buf, uint32_t size);
+int mc_net_load_frames(struct mc_net *net, uint16_t pair, uint64_t features, const uint8_t *buf, uint32_t len);
+uint64_t mc_net_unservable(const struct mc_net *net, uint64_t features);
 enum mc_tap_step { MC_TAP_OPEN_TUN, MC_TAP_SETIFF, MC_TAP_ONE_QUEUE, MC_TAP_HEADER, ... };
 int mc_tap_open(const char *ifname, uint16_t queues, int *fds, int *step);
 int mc_pcap_check(int fd);

@@ -15,6 +15,7 @@
  *   net_stream.c  passt: frames behind their length on a byte stream
  *   net_link.c    another VM's net sidecar: who listens, who connects
  *   net_gso.c     checksums and segmentation for guests that take no others
+ *   net_held.c    received frames that outlive this process
  *   net_pcap.c    capture
  */
 #ifndef MC_NET_H
@@ -35,7 +36,10 @@
 #define MC_NET_MAX_FRAME (65535u + 18u)	/* the largest IP packet behind a VLAN-tagged Ethernet header */
 #define MC_NET_IOV_MAX 1024u		/* UIO_MAXIOV: what readv and writev take */
 
-enum mc_net_backend { MC_NET_TAP, MC_NET_PASST, MC_NET_LINK };
+enum mc_net_backend {
+	MC_NET_TAP, MC_NET_PASST, MC_NET_LINK,
+	MC_NET_NONE,			/* no link, ever: what the guest sends is dropped */
+};
 
 /* What one device counted. Written by the data thread only; read at any time. */
 struct mc_net_counters {
@@ -68,7 +72,7 @@ struct mc_net;
 /*
  * fds: MC_NET_TAP: one tap queue per pair (IFF_VNET_HDR, header of 12 bytes, non-blocking). MC_NET_PASST: a connected
  * stream socket. MC_NET_LINK: a directory, opened for reading, that two sidecars share; it becomes the calling process's
- * working directory. capture: a pcap file, or -1. All stay the caller's and must outlive mc_net_close().
+ * working directory. MC_NET_NONE: none. capture: a pcap file, or -1. All stay the caller's and must outlive mc_net_close().
  * Returns NULL and errno.
  */
 struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int backend, const int *fds, uint16_t pairs,
@@ -84,21 +88,49 @@ int mc_net_event_fd(const struct mc_net *net);
 void mc_net_get_status(const struct mc_net *net, struct mc_net_status *status);
 
 /* Queue `index` as the driver numbers it (the place of the control queue depends on MQ: 5.1.2). mc_net_set_features()
- * comes first. Returns 0, an enum mc_vq_error, or -1: there is no such queue. Eventfds stay the caller's. */
+ * comes first. `error`: not 0 for a queue that was broken already, and stays so. Returns 0, an enum mc_vq_error, or -1:
+ * there is no such queue. Eventfds stay the caller's. */
 int mc_net_set_features(struct mc_net *net, uint64_t features);
 int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used,
-		     uint16_t last_avail, uint16_t used_idx, int kick, int call);
+		     uint16_t last_avail, uint16_t used_idx, int error, int kick, int call);
 
 /* NULL: that queue is not set up. One that could not be, since its rings are not legal, has its error set. */
 const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index);
 
 /* The loop. Returns 0 once mc_net_stop() was called and every popped chain is pushed or given back, or -errno when the
- * loop itself cannot go on. */
+ * loop itself cannot go on. What the backend had in flight stays where it was, a link stays up: run again, it goes on. */
 int mc_net_run(struct mc_net *net);
 void mc_net_stop(struct mc_net *net);
 
-/* Forgets the driver's settings: offloads, queue pairs, queues, MAC. Only while mc_net_run() is not running. */
+/* Forgets the driver's settings: offloads, queue pairs, queues, MAC, received frames; hangs up a link. Only while
+ * mc_net_run() is not running. */
 void mc_net_reset(struct mc_net *net);
+
+/* What a driver did by its control queue, for snapshots. Only while mc_net_run() is not running. */
+struct mc_net_setup {
+	uint64_t features;		/* accepted */
+	uint64_t offloads;		/* of them the GUEST_* that are in force */
+	uint16_t pairs;			/* active */
+	bool mac_set;			/* the driver's own */
+	uint8_t mac[6];
+};
+
+/* Of features that a driver accepted before another backend, those that this one cannot do. */
+uint64_t mc_net_unservable(const struct mc_net *net, uint64_t features);
+void mc_net_get_setup(const struct mc_net *net, struct mc_net_setup *setup);
+/* Puts offloads and pairs back, after mc_net_set_features() and the queues. Returns 0 or -errno. */
+int mc_net_restore(struct mc_net *net, const struct mc_net_setup *setup);
+/* The MAC that the driver chose; NULL: that of mc_net_open(). */
+void mc_net_set_mac(struct mc_net *net, const uint8_t *mac);
+
+/*
+ * Frames that were received for this pair, and that the guest had no buffers for, as bytes that another process can load.
+ * mc_net_save_frames() writes as many whole ones, the oldest first, as fit into `size` bytes; returns the bytes written.
+ * mc_net_load_frames() replaces those loaded before by a copy, for a guest that accepted these features. Returns 0, -EINVAL
+ * when that is not what was saved, or -ENOMEM; then nothing is loaded. The guest gets them before anything else.
+ */
+uint32_t mc_net_save_frames(const struct mc_net *net, uint16_t pair, uint8_t *buf, uint32_t size);
+int mc_net_load_frames(struct mc_net *net, uint16_t pair, uint64_t features, const uint8_t *buf, uint32_t len);
 
 /*
  * For the supervisor. mc_tap_open() opens `queues` queues of an existing tap into fds, non-blocking and CLOEXEC, with

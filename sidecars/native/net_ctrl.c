@@ -119,6 +119,7 @@ bool net_ctrl_run(struct mc_net *net)
 		vq->stats.bytes_out++;
 		vq->stats.errors += !ok;
 		mc_iov_write(c.iov + c.n_out, c.n_in, 0, &ack, 1);
+		mc_mem_mark_iov(net->mem, c.iov + c.n_out, c.n_in, 1);
 		mc_vq_push(vq, c.head, 1);
 	}
 	mc_vq_flush(vq);

@@ -10,7 +10,7 @@
 
 #include "net_impl.h"
 
-enum { IP4_MIN = 20, IP6_LEN = 40, TCP_MIN = 20, TCP_CSUM = 16, UDP_CSUM = 6, PROTO_TCP = 6 };
+enum { IP4_MIN = 20, IP6_LEN = 40, TCP_MIN = 20, UDP_CSUM = 6, PROTO_TCP = 6 };
 enum { TCP_FIN = 0x01, TCP_PSH = 0x08, TCP_CWR = 0x80 };
 
 static uint16_t get16(const uint8_t *at) { return (uint16_t)(at[0] << 8 | at[1]); }
@@ -77,7 +77,7 @@ bool net_gso_init(struct net_gso *g, const struct virtio_net_hdr_v1 *hdr, const 
 		if (ip[0] >> 4 != 4 || ihl < IP4_MIN || ip[9] != PROTO_TCP || g->l4 != g->l3 + ihl)
 			return false;
 	}
-	if (g->l4 + TCP_MIN > len || hdr->csum_offset != TCP_CSUM || !g->mss)
+	if (g->l4 + TCP_MIN > len || hdr->csum_offset != NET_TCP_CSUM || !g->mss)
 		return false;
 	uint32_t doff = (frame[g->l4 + 12] >> 4) * 4u;
 	g->hdr_len = g->l4 + doff;
@@ -113,11 +113,11 @@ bool net_gso_next(struct net_gso *g, const uint8_t **data, uint32_t *data_len)
 		tcp[13] &= (uint8_t)~(TCP_FIN | TCP_PSH);
 	if (g->offset)
 		tcp[13] &= (uint8_t)~TCP_CWR;	/* RFC 3168: once a window */
-	put16(tcp + TCP_CSUM, 0);
+	put16(tcp + NET_TCP_CSUM, 0);
 	sum += PROTO_TCP + l4_len;
 	/* The header's length is a multiple of four, so the payload starts at an even offset of the sum. */
 	sum = sum_bytes(sum, tcp, g->hdr_len - g->l4);
-	put16(tcp + TCP_CSUM, sum_fold(sum_bytes(sum, *data, n)));
+	put16(tcp + NET_TCP_CSUM, sum_fold(sum_bytes(sum, *data, n)));
 	return true;
 }
 

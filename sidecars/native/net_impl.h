@@ -23,6 +23,8 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "virtio's little-endia
  * (5.1.6.2), and clears what is not set by a driver. False: drop the packet. */
 bool net_hdr_check(struct virtio_net_hdr_v1 *hdr, uint32_t frame_len, uint64_t features);
 
+#define NET_TCP_CSUM 16u	/* where a TCP header has its checksum */
+
 /* A frame being segmented; net_gso.c. */
 struct net_gso {
 	const uint8_t *frame;
@@ -93,6 +95,10 @@ struct net_pair {
 	uint32_t stash_len;		/* 0: none */
 	bool stash_gso;
 	struct net_gso gso;
+
+	/* Frames that another process received: records of net_held.c, the oldest at held_first. */
+	uint8_t *held;
+	uint32_t held_first, held_last;
 };
 
 /* passt's byte stream; net_stream.c */
@@ -123,6 +129,7 @@ struct mc_net {
 	int fds[MC_NET_MAX_PAIRS];	/* not owned */
 	int epoll_fd, stop_fd, event_fd;
 	uint64_t offered, features;
+	uint64_t deliverable;		/* the GUEST_* that the backend can make use of */
 	uint64_t offloads;		/* the GUEST_* ones in force: CTRL_GUEST_OFFLOADS can withdraw some */
 	bool mrg;
 	bool link_up;			/* shared */
@@ -146,7 +153,7 @@ void net_set_link(struct mc_net *net, bool up);
 void net_backend_lost(struct mc_net *net, int error);	/* no more I/O on the backend; the link is down */
 int net_set_pairs(struct mc_net *net, uint16_t n);	/* 0 or -errno */
 int net_set_offloads(struct mc_net *net, uint64_t guest);	/* 0 or -errno */
-void net_rx_start(struct net_pair *p);			/* RX_READY, if there is a queue and a backend */
+void net_rx_start(struct net_pair *p);			/* RX_READY, if there is a queue and something to receive */
 void net_capture(struct mc_net *net, const struct iovec *iov, uint32_t n, size_t skip, size_t len);
 
 /* net_loop.c */
@@ -161,6 +168,13 @@ enum rx_copy { RX_COPIED, RX_DROPPED, RX_NO_BUFFERS };
 /* A whole frame of n parts to the guest by memcpy. */
 enum rx_copy net_rx_copy(struct mc_net *net, struct net_pair *p, struct virtio_net_hdr_v1 *hdr, const struct iovec *src,
 			 uint32_t n);
+
+/* Does a guest with these offloads take the frame as this header describes it? */
+bool net_rx_acceptable(uint64_t offloads, const struct virtio_net_hdr_v1 *hdr);
+
+/* net_held.c */
+bool net_held_next(struct net_pair *p);		/* the next one into the bounce buffer; false: there is none */
+void net_held_free(struct net_pair *p);
 
 /* net_tx.c */
 void net_tx_run(struct mc_net *net, struct net_pair *p);
@@ -189,10 +203,13 @@ bool net_tx_parse(struct mc_net *net, struct mc_chain *c, struct tx_frame *f);
 void net_tx_bad(struct mc_net *net, struct net_pair *p);	/* counts such a chain */
 enum tx_state net_stream_tx(struct mc_net *net, struct net_pair *p);
 int net_stream_init(struct net_stream *s);
+/* The whole frame at *at of what was received (0: the first), its length, and *at of the next. 0: no whole frame. */
+uint32_t net_stream_peek(const struct net_stream *s, uint32_t *at, const uint8_t **frame);
 void net_stream_deinit(struct net_stream *s);
 
 /* net_link.c */
 int net_link_init(struct mc_net *net, int dir_fd);
+int net_link_poll(struct mc_net *net);		/* what there is goes into a new epoll set; 0 or -1 */
 void net_link_deinit(struct mc_net *net);
 void net_link_start(struct mc_net *net);	/* listen or connect, whichever falls to us */
 void net_link_stop(struct mc_net *net);		/* hang up: a guest without a driver has no carrier */

@@ -166,6 +166,19 @@ static void link_connect(struct mc_net *net)
 	link_retry(&net->link);
 }
 
+int net_link_poll(struct mc_net *net)
+{
+	struct net_link *l = &net->link;
+	int err = net_poll(net, l->inotify_fd, TAG_INOTIFY, 0, EPOLLIN) | net_poll(net, l->timer_fd, TAG_TIMER, 0, EPOLLIN);
+
+	if (l->listen_fd >= 0)
+		err |= net_poll(net, l->listen_fd, TAG_LISTEN, 0, EPOLLIN);
+	/* Once greeted it is the pair's. */
+	if (l->fd >= 0 && !l->greeted)
+		err |= net_poll(net, l->fd, TAG_BACKEND, 0, EPOLLIN);
+	return err;
+}
+
 void net_link_start(struct mc_net *net)
 {
 	struct net_link *l = &net->link;

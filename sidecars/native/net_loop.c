@@ -123,10 +123,8 @@ static int poll_all(struct mc_net *net)
 		if (p->tx_set)
 			err |= net_poll(net, p->tx.kick_fd, TAG_TX_KICK, i, EPOLLIN);
 	}
-	if (net->backend == MC_NET_LINK) {
-		err |= net_poll(net, net->link.inotify_fd, TAG_INOTIFY, 0, EPOLLIN);
-		err |= net_poll(net, net->link.timer_fd, TAG_TIMER, 0, EPOLLIN);
-	}
+	if (net->backend == MC_NET_LINK)
+		err |= net_link_poll(net);
 	return err ? -errno : 0;
 }
 
@@ -171,6 +169,7 @@ int mc_net_run(struct mc_net *net)
 	for (uint16_t i = 0; i < net->max_pairs; i++) {
 		struct net_pair *p = &net->pairs[i];
 
+		p->rx_state = RX_OFF;
 		net_rx_start(p);
 		p->tx_state = p->tx_set && p->active && !p->tx.error ? TX_READY : TX_OFF;
 	}
@@ -179,8 +178,6 @@ int mc_net_run(struct mc_net *net)
 	if (!err)
 		err = loop(net);
 
-	if (net->backend == MC_NET_LINK)
-		net_link_stop(net);
 	for (uint16_t i = 0; i < net->max_pairs; i++)
 		net_rx_give_back(&net->pairs[i]);
 	if (net_pcap_flush(&net->pcap))

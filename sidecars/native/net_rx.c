@@ -2,6 +2,8 @@
  * Backend to guest. A tap or a link hands out one frame a read and does not tell its size before, so the read goes
  * straight into as many guest buffers as the last frames needed, with a bounce buffer behind them for the rest. What the
  * guest has no room for waits in the bounce buffer; the backend is not polled until the guest kicks.
+ *
+ * What is written into guest buffers is marked in the dirty log, also where it is a frame that the guest never gets.
  */
 #include <errno.h>
 #include <string.h>
@@ -66,6 +68,7 @@ static void rx_finish(struct mc_net *net, struct net_pair *p, struct virtio_net_
 		hdr->flags = 0;
 	hdr->num_buffers = n;
 	mc_iov_write(p->iov + p->iov_first, p->iov_count, 0, hdr, MC_NET_HDR);
+	mc_mem_mark_iov(net->mem, p->iov + p->iov_first, p->iov_count, MC_NET_HDR + len);
 	net_capture(net, p->iov + p->iov_first, p->iov_count, MC_NET_HDR, len);
 	while (n--) {
 		struct rx_buf *b = &p->bufs[p->buf_first];
@@ -112,8 +115,7 @@ enum rx_copy net_rx_copy(struct mc_net *net, struct net_pair *p, struct virtio_n
 	return RX_COPIED;
 }
 
-/* Does the guest take the frame as this header describes it? */
-static bool rx_acceptable(const struct mc_net *net, const struct virtio_net_hdr_v1 *hdr)
+bool net_rx_acceptable(uint64_t offloads, const struct virtio_net_hdr_v1 *hdr)
 {
 	uint64_t need = 0;
 
@@ -127,14 +129,14 @@ static bool rx_acceptable(const struct mc_net *net, const struct virtio_net_hdr_
 	}
 	if (hdr->gso_type & VIRTIO_NET_HDR_GSO_ECN)
 		need |= BIT(VIRTIO_NET_F_GUEST_ECN);
-	return (net->offloads & need) == need;
+	return (offloads & need) == need;
 }
 
 /* Turns the frame in the bounce buffer, which waits to be copied, into what the guest accepts. False: it cannot be. */
 static bool rx_stash(struct mc_net *net, struct net_pair *p, struct virtio_net_hdr_v1 *hdr, uint32_t len)
 {
 	p->stash_gso = false;
-	if (!rx_acceptable(net, hdr)) {
+	if (!net_rx_acceptable(net->offloads, hdr)) {
 		if (hdr->gso_type != VIRTIO_NET_HDR_GSO_NONE) {
 			if (!net_gso_init(&p->gso, hdr, p->bounce, len))
 				return false;
@@ -155,6 +157,8 @@ static bool rx_unstash(struct mc_net *net, struct net_pair *p)
 {
 	struct virtio_net_hdr_v1 hdr = p->stash_hdr;
 
+	if (!p->stash_len)
+		return true;
 	if (p->stash_gso) {
 		const uint8_t *data;
 		uint32_t n;
@@ -209,11 +213,11 @@ static ssize_t rx_read(struct mc_net *net, struct net_pair *p, struct virtio_net
 	return readv(p->fd, iov, (int)n);
 }
 
-/* The frame was read: to the guest with it, or into the bounce buffer until that is possible. */
-static void rx_deliver(struct mc_net *net, struct net_pair *p, struct virtio_net_hdr_v1 *hdr, uint32_t len, size_t direct)
+/* The frame was read: to the guest with it, or into the bounce buffer until that is possible. True: it went to the guest. */
+static bool rx_deliver(struct mc_net *net, struct net_pair *p, struct virtio_net_hdr_v1 *hdr, uint32_t len, size_t direct)
 {
 	size_t rest = len > direct ? len - direct : 0;
-	bool as_is = rx_acceptable(net, hdr);
+	bool as_is = net_rx_acceptable(net->offloads, hdr);
 
 	/* Follow growth at once and shrink slowly: a bulk transfer should not copy, small packets not pop 64 KiB. */
 	if (len + MC_NET_HDR > p->want)
@@ -231,16 +235,17 @@ static void rx_deliver(struct mc_net *net, struct net_pair *p, struct virtio_net
 	}
 	if (as_is && !rest) {
 		rx_finish(net, p, hdr, len);
-		return;
+		return true;
 	}
 	if (as_is && !net->mrg) {
 		net->counters.rx_dropped_oversize++;
-		return;
+		return false;
 	}
 	memmove(p->bounce + (len - rest), p->bounce, rest);
 	mc_iov_read(p->iov + p->iov_first, p->iov_count, MC_NET_HDR, p->bounce, len - rest);
 	if (!rx_stash(net, p, hdr, len))
 		net->counters.rx_dropped_header++;
+	return false;
 }
 
 static enum rx_state rx_frames(struct mc_net *net, struct net_pair *p)
@@ -253,7 +258,7 @@ static enum rx_state rx_frames(struct mc_net *net, struct net_pair *p)
 		struct virtio_net_hdr_v1 hdr;
 		size_t direct;
 
-		if (p->stash_len && !rx_unstash(net, p))
+		if (!rx_unstash(net, p))
 			return RX_STARVED;
 		rx_topup(p, net->mrg ? p->want : 1);
 		if (!p->buf_count || p->rx.error)
@@ -271,31 +276,47 @@ static enum rx_state rx_frames(struct mc_net *net, struct net_pair *p)
 				net_backend_lost(net, n ? errno : EIO);
 			return RX_OFF;
 		}
-		if (n < (ssize_t)(MC_NET_HDR + MC_NET_MIN_FRAME)) {
-			net->counters.rx_dropped_header++;
-			continue;
-		}
-		uint32_t len = (uint32_t)n - MC_NET_HDR;
+		uint32_t len = n < (ssize_t)MC_NET_HDR ? 0 : (uint32_t)n - MC_NET_HDR;
+		bool delivered = false;
 		if (len > MC_NET_MAX_FRAME)
 			net->counters.rx_dropped_oversize++;
-		else if (net->backend == MC_NET_LINK && !net_hdr_check(&hdr, len, peer))
+		else if (len < MC_NET_MIN_FRAME || (net->backend == MC_NET_LINK && !net_hdr_check(&hdr, len, peer)))
 			net->counters.rx_dropped_header++;
 		else
-			rx_deliver(net, p, &hdr, len, direct);
+			delivered = rx_deliver(net, p, &hdr, len, direct);
+		if (!delivered)
+			mc_mem_mark_iov(net->mem, p->iov + p->iov_first, p->iov_count, MC_NET_HDR + (len < direct ? len : direct));
 	}
 	return RX_READY;
 }
 
 void net_rx_start(struct net_pair *p)
 {
-	if (p->rx_set && p->active && p->fd >= 0 && !p->rx.error)
+	bool some = p->fd >= 0 || p->stash_len || p->held;
+
+	if (p->rx_set && p->active && some && !p->rx.error)
 		p->rx_state = RX_READY;
+}
+
+/* What came before everything that the backend has now. False: no room for it. */
+static bool rx_waiting(struct mc_net *net, struct net_pair *p)
+{
+	do {
+		if (!rx_unstash(net, p))
+			return false;
+	} while (net_held_next(p));
+	return true;
 }
 
 void net_rx_run(struct mc_net *net, struct net_pair *p)
 {
 	mc_vq_disable_kick(&p->rx);
-	enum rx_state state = net->backend == MC_NET_PASST ? net_stream_rx(net, p) : rx_frames(net, p);
+	enum rx_state state = RX_OFF;
+
+	if (!rx_waiting(net, p))
+		state = RX_STARVED;
+	else if (p->fd >= 0)
+		state = net->backend == MC_NET_PASST ? net_stream_rx(net, p) : rx_frames(net, p);
 
 	mc_vq_flush(&p->rx);
 	if (state == RX_STARVED) {

@@ -49,6 +49,21 @@ static int stream_fill(struct net_stream *s, int fd, int *error)
 	return -1;
 }
 
+uint32_t net_stream_peek(const struct net_stream *s, uint32_t *at, const uint8_t **frame)
+{
+	uint32_t have = s->in_last - s->in_first - *at, len;
+
+	if (have < LEN)
+		return 0;
+	memcpy(&len, s->in + s->in_first + *at, LEN);
+	len = ntohl(len);
+	if (len > MC_NET_MAX_FRAME || have < LEN + len)
+		return 0;
+	*frame = s->in + s->in_first + *at + LEN;
+	*at += LEN + len;
+	return len;
+}
+
 enum rx_state net_stream_rx(struct mc_net *net, struct net_pair *p)
 {
 	struct net_stream *s = &net->stream;

@@ -10,7 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { CMD_NONE, CMD_ATTACH, CMD_DETACH, CMD_EMERGENCY };
+enum { CMD_NONE, CMD_ATTACH, CMD_DETACH, CMD_EMERGENCY, CMD_QUIESCE, CMD_RESUME, CMD_SAVE, CMD_LOAD };
 
 /* How long the loop looks for more output from the 16550 before it asks to be woken: serial_uart.c. */
 #define NAP_MS 1
@@ -125,6 +125,51 @@ static void clear_eventfd(int fd)
 	(void)n;
 }
 
+static void quiesce(struct mc_serial *s)
+{
+	if (s->held)
+		return;
+	/* Sinks in between, as ever: a large chain would else push what they have not seen yet out of the ring. */
+	while (s->front->settle(s))
+		mc_sinks_flush(s);
+	mc_input_arm(s, false);
+	s->held = true;
+}
+
+static void save(struct mc_serial *s, struct mc_serial_state *st)
+{
+	uint64_t n = mc_scroll_shown(&s->scroll);
+	struct iovec iov[2];
+
+	/* In the order in which it was typed: what is in the ring was staged before. */
+	st->input_len = s->front->pending(s, st->input);
+	memcpy(st->input + st->input_len, s->stage + s->stage_off, s->stage_len);
+	st->input_len += s->stage_len;
+	n = n < MC_SERIAL_HISTORY ? n : MC_SERIAL_HISTORY;
+	st->history_len = 0;
+	for (int i = 0, parts = mc_scroll_peek(&s->scroll, s->scroll.end - n, n, iov); i < parts; i++) {
+		memcpy(st->history + st->history_len, iov[i].iov_base, iov[i].iov_len);
+		st->history_len += iov[i].iov_len;
+	}
+}
+
+static int load(struct mc_serial *s, const struct mc_serial_state *st)
+{
+	if (st->input_len > sizeof(st->input) || st->history_len > sizeof(st->history))
+		return EINVAL;
+	if (!s->held)
+		return EBUSY;
+	s->front->forget(s);
+	memcpy(s->stage, st->input, st->input_len);
+	s->stage_off = 0;
+	s->stage_len = st->input_len;
+	if (!s->scroll.end) {	/* else its readers have seen what it printed */
+		mc_scroll_load(&s->scroll, st->history, st->history_len, &s->file.pos);
+		s->sinks[0].pos = s->scroll.end;
+	}
+	return 0;
+}
+
 /* With cmd_lock held. */
 static void do_command(struct mc_serial *s)
 {
@@ -138,6 +183,21 @@ static void do_command(struct mc_serial *s)
 		break;
 	case CMD_EMERGENCY:
 		mc_scroll_append(&s->scroll, &s->cmd_byte, 1);
+		break;
+	case CMD_QUIESCE:
+		quiesce(s);
+		break;
+	case CMD_RESUME:
+		/* The next turn looks at everything; sources that are ready are reported again. */
+		s->held = false;
+		mc_input_arm(s, true);
+		mc_uart_resumed(s);
+		break;
+	case CMD_SAVE:
+		save(s, s->cmd_state);
+		break;
+	case CMD_LOAD:
+		s->cmd_error = load(s, s->cmd_state);
 		break;
 	}
 	if (s->cmd != CMD_NONE) {
@@ -182,11 +242,35 @@ void mc_serial_attach(struct mc_serial *s, const struct mc_vq *rx, const struct 
 	pthread_mutex_unlock(&s->cmd_lock);
 }
 
-void mc_serial_detach(struct mc_serial *s)
+static void simple_command(struct mc_serial *s, int cmd)
 {
 	begin_command(s);
-	command(s, CMD_DETACH);
+	command(s, cmd);
 	pthread_mutex_unlock(&s->cmd_lock);
+}
+
+void mc_serial_detach(struct mc_serial *s) { simple_command(s, CMD_DETACH); }
+void mc_serial_quiesce(struct mc_serial *s) { simple_command(s, CMD_QUIESCE); }
+void mc_serial_resume(struct mc_serial *s) { simple_command(s, CMD_RESUME); }
+
+void mc_serial_save(struct mc_serial *s, struct mc_serial_state *state)
+{
+	begin_command(s);
+	s->cmd_state = state;
+	command(s, CMD_SAVE);
+	pthread_mutex_unlock(&s->cmd_lock);
+}
+
+int mc_serial_load(struct mc_serial *s, const struct mc_serial_state *state)
+{
+	int err;
+
+	begin_command(s);
+	s->cmd_state = (struct mc_serial_state *)(uintptr_t)state;
+	command(s, CMD_LOAD);
+	err = s->cmd_error;
+	pthread_mutex_unlock(&s->cmd_lock);
+	return err;
 }
 
 void mc_serial_emergency(struct mc_serial *s, uint8_t byte)
@@ -214,7 +298,7 @@ const struct mc_vq *mc_serial_queue(const struct mc_serial *s, int index)
 void mc_serial_get_stats(struct mc_serial *s, struct mc_serial_stats *out)
 {
 	*out = s->stats;
-	out->guest_out = s->scroll.end;
+	out->guest_out = s->scroll.end - s->scroll.loaded;
 }
 
 /* One turn's events. true: a source of input is ready. */
@@ -266,18 +350,18 @@ static int loop(struct mc_serial *s)
 	bool input = true;
 
 	while (!atomic_load(&s->stop)) {
-		bool again;
-		uint64_t got = s->front->output(s, &again);
+		bool again = false;
+		uint64_t got = s->held ? 0 : s->front->output(s, &again);
 		int timeout;
 
 		again |= mc_sinks_flush(s);
-		if (input || s->stage_len)
+		if (!s->held && (input || s->stage_len))
 			input = mc_sinks_input(s);
-		if (again || input)
+		if (again || (input && !s->held))
 			timeout = 0;
 		else if (got && s->uart.ring)
 			timeout = got < NAP_BELOW ? NAP_MS : 0;
-		else if (!s->front->may_sleep(s))
+		else if (!s->held && !s->front->may_sleep(s))
 			timeout = 0;
 		else
 			timeout = s->accept_at ? 1000 : -1;
@@ -305,8 +389,9 @@ int mc_serial_run(struct mc_serial *s)
 
 	err = loop(s);
 
-	/* What the guest printed last is what people look for. Bounded, for a guest that still runs. */
-	for (int i = 0; i < 64 && more; i++) {
+	/* What the guest printed last is what people look for. Bounded, for a guest that still runs; one that holds has
+	 * printed nothing since. */
+	for (int i = 0; i < 64 && more && !s->held; i++) {
 		more = s->front->output(s, &more) || more;
 		mc_sinks_flush(s);
 	}

@@ -14,6 +14,8 @@ enum mc_serial_notice {
 };
 #define MC_SERIAL_CLIENTS ...
 #define MC_SERIAL_STAGE ...
+#define MC_SERIAL_INPUT ...
+#define MC_SERIAL_HISTORY ...
 #define MC_SCROLL_MIN ...
 struct mc_serial_config {
 	int backend;
@@ -36,6 +38,7 @@ struct mc_serial_stats {
 	int32_t accept_errno;
 	...;
 };
+struct mc_serial_state { uint32_t input_len, history_len; uint8_t input[...]; uint8_t history[...]; ...; };
 struct mc_serial;
 struct mc_serial *mc_serial_new(const struct mc_serial_config *cfg);
 int mc_serial_free(struct mc_serial *s);
@@ -43,6 +46,10 @@ int mc_serial_run(struct mc_serial *s);
 void mc_serial_stop(struct mc_serial *s);
 void mc_serial_attach(struct mc_serial *s, const struct mc_vq *rx, const struct mc_vq *tx);
 void mc_serial_detach(struct mc_serial *s);
+void mc_serial_quiesce(struct mc_serial *s);
+void mc_serial_resume(struct mc_serial *s);
+void mc_serial_save(struct mc_serial *s, struct mc_serial_state *state);
+int mc_serial_load(struct mc_serial *s, const struct mc_serial_state *state);
 void mc_serial_emergency(struct mc_serial *s, uint8_t byte);
 const struct mc_vq *mc_serial_queue(const struct mc_serial *s, int index);
 unsigned mc_serial_notices(struct mc_serial *s);

@@ -7,6 +7,8 @@
  *
  * Input goes the other way through one small staging buffer. While the guest has no room for what is in it, no
  * source is read: the back-pressure is the source's own socket or terminal buffer.
+ *
+ * A loop that holds (mc_serial_quiesce) takes nothing from the guest and reads no source; sinks are still written to.
  */
 #ifndef MC_SERIAL_H
 #define MC_SERIAL_H
@@ -22,6 +24,10 @@
 
 #define MC_SERIAL_CLIENTS 16
 #define MC_SERIAL_STAGE 4096
+/* Input that may be on its way: what was read from a source, and what is in the 16550's ring. Always at most this, since
+ * no source is read before the stage is empty. */
+#define MC_SERIAL_INPUT (MC_SERIAL_STAGE + MC_UART_RX_SIZE)
+#define MC_SERIAL_HISTORY 65536u	/* bytes of the scrollback that a snapshot has */
 #define MC_SERIAL_BATCH 65536		/* bytes taken from the guest between two looks at the sinks */
 #define MC_SCROLL_MIN (256u << 10)	/* what a sink may lag behind, even with no scrollback asked for */
 
@@ -66,6 +72,7 @@ struct mc_scroll {
 	uint64_t cap;			/* power of two */
 	uint64_t history;		/* what a new client is shown, no more than cap */
 	uint64_t end;			/* position after the last byte */
+	uint64_t loaded;		/* bytes at its beginning that another process appended */
 	bool shared;			/* the file thread reads it too: lock around every change */
 	pthread_mutex_t lock;
 	pthread_cond_t grown;
@@ -74,6 +81,10 @@ struct mc_scroll {
 int mc_scroll_init(struct mc_scroll *sc, uint64_t history, bool shared);
 void mc_scroll_deinit(struct mc_scroll *sc);
 void mc_scroll_append(struct mc_scroll *sc, const uint8_t *data, uint64_t len);
+/* Appends what another process had; a reader whose position is *reader is not shown it. */
+void mc_scroll_load(struct mc_scroll *sc, const uint8_t *data, uint64_t len, uint64_t *reader);
+/* Bytes that a client who attaches now is shown. */
+uint64_t mc_scroll_shown(const struct mc_scroll *sc);
 /* The bytes from pos to the end, as one or two pieces of at most max in all; pos must still be in the ring. */
 int mc_scroll_peek(const struct mc_scroll *sc, uint64_t pos, uint64_t max, struct iovec iov[2]);
 /* Where a reader at pos goes on: pos, or a later line if pos has left the ring. */
@@ -116,6 +127,13 @@ struct mc_front {
 	uint32_t (*input)(struct mc_serial *s, const uint8_t *data, uint32_t len);
 	/* Before the loop blocks: asks for wake-ups. false: there is output already. */
 	bool (*may_sleep)(struct mc_serial *s);
+	/* Before the loop holds: takes at most MC_SERIAL_BATCH of what must not be left half done, or in a ring that is
+	 * no guest memory. true: there is more. */
+	bool (*settle)(struct mc_serial *s);
+	/* The input that the guest has been given and has not taken, without taking it back. Returns the bytes. */
+	uint32_t (*pending)(struct mc_serial *s, uint8_t data[MC_UART_RX_SIZE]);
+	/* Takes that back. While the loop holds, and whoever gives it to the guest stands still as well. */
+	void (*forget)(struct mc_serial *s);
 };
 
 struct mc_uart {
@@ -148,11 +166,12 @@ struct mc_serial {
 	int wake_fd;			/* eventfd: a command, or stop */
 	int watch_fd;			/* inotify on a pty's slave; -1: not a pty */
 	struct mc_sink sinks[1 + MC_SERIAL_CLIENTS];	/* 0 is the backend */
-	uint8_t stage[MC_SERIAL_STAGE];
+	uint8_t stage[MC_SERIAL_INPUT];
 	uint32_t stage_off, stage_len;
 	struct mc_serial_stats stats;	/* written by the data thread; file_* by the file thread */
 	atomic_uint notices;
 	atomic_bool stop;
+	bool held;			/* the loop's, under cmd_lock */
 
 	/* Commands of the main thread, which waits until the loop has done them. */
 	pthread_mutex_t cmd_lock;
@@ -162,6 +181,15 @@ struct mc_serial {
 	bool cmd_has_rx, cmd_has_tx;
 	struct mc_vq cmd_rx, cmd_tx;
 	uint8_t cmd_byte;
+	struct mc_serial_state *cmd_state;
+	int cmd_error;
+};
+
+/* What a snapshot has of a console. */
+struct mc_serial_state {
+	uint32_t input_len, history_len;
+	uint8_t input[MC_SERIAL_INPUT];		/* typed, and not yet taken by the guest */
+	uint8_t history[MC_SERIAL_HISTORY];	/* the end of what a client who attaches is shown */
 };
 
 /* NULL with errno set. Copies cfg; takes ownership of backend_fd and console_fd only when it succeeds. */
@@ -176,6 +204,15 @@ void mc_serial_stop(struct mc_serial *s);
 void mc_serial_attach(struct mc_serial *s, const struct mc_vq *rx, const struct mc_vq *tx);
 /* Returns when neither queue will be touched again and no interrupt raised. Staged input is kept for the next driver. */
 void mc_serial_detach(struct mc_serial *s);
+/* Returns when the loop holds: what the guest had printed is in the scrollback (a virtio console: the chain in hand is), no
+ * queue or ring will be touched, no interrupt raised and no source read. Also before the loop was entered. */
+void mc_serial_quiesce(struct mc_serial *s);
+/* The loop goes on; it looks at every queue and ring once. */
+void mc_serial_resume(struct mc_serial *s);
+/* While it holds. load: the input takes the place of what the guest had not taken; the history is for a console that has none.
+ * EBUSY when it does not hold, EINVAL for lengths that cannot be. */
+void mc_serial_save(struct mc_serial *s, struct mc_serial_state *state);
+int mc_serial_load(struct mc_serial *s, const struct mc_serial_state *state);
 /* virtio 1.2, section 5.3.4: emergency write. Any thread. */
 void mc_serial_emergency(struct mc_serial *s, uint8_t byte);
 const struct mc_vq *mc_serial_queue(const struct mc_serial *s, int index);
@@ -207,6 +244,7 @@ int mc_file_stop(struct mc_serial *s);
 
 int mc_uart_init(struct mc_serial *s);
 void mc_uart_deinit(struct mc_serial *s);
+void mc_uart_resumed(struct mc_serial *s);
 extern const struct mc_front mc_uart_front;
 extern const struct mc_front mc_console_front;
 void mc_console_attach(struct mc_serial *s, const struct mc_vq *rx, const struct mc_vq *tx);

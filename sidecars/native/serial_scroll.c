@@ -33,10 +33,8 @@ void mc_scroll_deinit(struct mc_scroll *sc)
 	pthread_mutex_destroy(&sc->lock);
 }
 
-void mc_scroll_append(struct mc_scroll *sc, const uint8_t *data, uint64_t len)
+static void append(struct mc_scroll *sc, const uint8_t *data, uint64_t len)
 {
-	if (sc->shared)
-		pthread_mutex_lock(&sc->lock);
 	while (len) {
 		uint64_t at = sc->end & (sc->cap - 1);
 		uint64_t n = sc->cap - at;
@@ -48,10 +46,32 @@ void mc_scroll_append(struct mc_scroll *sc, const uint8_t *data, uint64_t len)
 		data += n;
 		len -= n;
 	}
+}
+
+void mc_scroll_append(struct mc_scroll *sc, const uint8_t *data, uint64_t len)
+{
+	if (sc->shared)
+		pthread_mutex_lock(&sc->lock);
+	append(sc, data, len);
 	if (sc->shared) {
 		pthread_cond_signal(&sc->grown);
 		pthread_mutex_unlock(&sc->lock);
 	}
+}
+
+void mc_scroll_load(struct mc_scroll *sc, const uint8_t *data, uint64_t len, uint64_t *reader)
+{
+	if (sc->shared)
+		pthread_mutex_lock(&sc->lock);
+	append(sc, data, len);
+	*reader = sc->loaded = sc->end;
+	if (sc->shared)
+		pthread_mutex_unlock(&sc->lock);
+}
+
+uint64_t mc_scroll_shown(const struct mc_scroll *sc)
+{
+	return sc->end < sc->history ? sc->end : sc->history;
 }
 
 int mc_scroll_peek(const struct mc_scroll *sc, uint64_t pos, uint64_t max, struct iovec iov[2])

@@ -235,8 +235,7 @@ bool mc_sinks_accept(struct mc_serial *s, bool backend)
 		return true;
 	}
 	/* The backend is one stream for whoever connects in turn: it goes on where the last one stopped. */
-	uint64_t shown = s->scroll.end < s->scroll.history ? s->scroll.end : s->scroll.history;
-	uint64_t pos = backend ? k->pos : s->scroll.end - shown;
+	uint64_t pos = backend ? k->pos : s->scroll.end - mc_scroll_shown(&s->scroll);
 	*k = (struct mc_sink){.fd = fd, .is_socket = true, .pos = pos, .skipped = backend ? k->skipped : 0};
 	if (!open_sink(s, k)) {
 		accept_failed(s);
@@ -316,7 +315,7 @@ bool mc_sinks_input(struct mc_serial *s)
 			return false;
 		}
 		struct mc_sink *k = &s->sinks[ev.data.u64];
-		ssize_t n = read(k->fd, s->stage, sizeof(s->stage));
+		ssize_t n = read(k->fd, s->stage, MC_SERIAL_STAGE);
 
 		if (n > 0) {
 			s->stage_off = 0;

@@ -119,7 +119,39 @@ static bool may_sleep(struct mc_serial *s)
 	return tx_filled(s) == 0;
 }
 
-const struct mc_front mc_uart_front = {.output = output, .input = input, .may_sleep = may_sleep};
+/* The guest does not run, so what is in the ring now is all that it printed, and one look takes it. */
+static bool settle(struct mc_serial *s)
+{
+	bool more;
+
+	output(s, &more);
+	return false;
+}
+
+static uint32_t pending(struct mc_serial *s, uint8_t data[MC_UART_RX_SIZE])
+{
+	const struct mc_uart *u = &s->uart;
+	uint32_t n = MC_UART_RX_SIZE - rx_room(s);
+	uint32_t tail = u->rx_head - n;
+
+	/* A core whose positions cannot be has taken nothing: rx_room() says that the ring is full then. */
+	for (uint32_t i = 0; i < n; i++)
+		data[i] = u->ring->rx_data[(tail + i) % MC_UART_RX_SIZE];
+	return n;
+}
+
+static void forget(struct mc_serial *s)
+{
+	struct mc_uart *u = &s->uart;
+
+	/* The core does not look at the ring now: no order is needed but that of what asked for this. */
+	u->rx_head = __atomic_load_n(&u->ring->rx.tail, __ATOMIC_RELAXED);
+	__atomic_store_n(&u->ring->rx.head, u->rx_head, __ATOMIC_RELAXED);
+}
+
+const struct mc_front mc_uart_front = {
+	.output = output, .input = input, .may_sleep = may_sleep, .settle = settle, .pending = pending, .forget = forget,
+};
 
 int mc_uart_init(struct mc_serial *s)
 {
@@ -149,6 +181,13 @@ int mc_uart_init(struct mc_serial *s)
 	if (mc_epoll_set(s->ep, EPOLL_CTL_ADD, u->tx_fd, EPOLLIN, MC_TAG_GUEST))
 		return errno;
 	return 0;
+}
+
+/* A signal may have been in flight when the loop held, or the core may be a new one: it shall look once, as we do. */
+void mc_uart_resumed(struct mc_serial *s)
+{
+	if (s->uart.ring)
+		signal_core(&s->uart);
 }
 
 void mc_uart_deinit(struct mc_serial *s)

@@ -96,6 +96,7 @@ static uint32_t input(struct mc_serial *s, const uint8_t *data, uint32_t len)
 		}
 		size_t n = mc_iov_write(chain.iov + chain.n_out, chain.n_in, 0, data + done, len - done);
 
+		mc_mem_mark_iov(c->rx.mem, chain.iov + chain.n_out, chain.n_in, n);
 		mc_vq_push(&c->rx, chain.head, n);
 		c->rx.stats.bytes_out += n;
 		done += n;
@@ -110,7 +111,32 @@ static bool may_sleep(struct mc_serial *s)
 	return true;
 }
 
-const struct mc_front mc_console_front = {.output = output, .input = input, .may_sleep = may_sleep};
+static bool settle(struct mc_serial *s)
+{
+	struct mc_console *c = &s->con;
+	uint64_t budget = MC_SERIAL_BATCH;
+
+	if (!c->chain_held || !take_chain(s, &budget))
+		return c->chain_held;
+	c->chain_held = false;
+	mc_vq_push(&c->tx, c->chain.head, 0);
+	mc_vq_flush(&c->tx);
+	return false;
+}
+
+static uint32_t pending(struct mc_serial *s, uint8_t data[MC_UART_RX_SIZE])
+{
+	/* Whatever input() took is in the guest's buffers. */
+	return 0;
+}
+
+static void forget(struct mc_serial *s)
+{
+}
+
+const struct mc_front mc_console_front = {
+	.output = output, .input = input, .may_sleep = may_sleep, .settle = settle, .pending = pending, .forget = forget,
+};
 
 static void attach_one(struct mc_serial *s, struct mc_vq *vq, const struct mc_vq *from, uint64_t tag)
 {

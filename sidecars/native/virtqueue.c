@@ -7,6 +7,14 @@
  * pattern, "publish mine, then look at yours", for which acquire and release are not enough: a store may pass a later
  * load even on x86, and both sides would go to sleep. Those two places have a full fence.
  *
+ * The dirty log is a third party to this: the core takes a word of it (exchange) and then copies the pages that its bits
+ * name; we write, and then set the bit (atomic OR). The OR releases our writes to the exchange that finds the bit, so each
+ * write is in a copy that comes after it, or its bit is found in the next round. A bit set before the write would prove
+ * nothing: it may be taken, and the page copied, in between. So buffers and used entries are marked before used.idx is
+ * stored, since the guest may act on them from then on and this process may be killed at any moment; and used.idx itself
+ * only after it was stored. Killed between those two, a sidecar leaves its mark to its replacement: mc_vq_init() marks the
+ * whole used ring.
+ *
  * "Read once": ring words are loaded through __atomic_load_n, descriptors by desc_read(), and only the local copies are
  * checked and used.
  */
@@ -34,6 +42,45 @@ void *mc_mem_at(const struct mc_mem *mem, uint64_t gpa, uint64_t len)
 			return r->hva + off;
 	}
 	return NULL;
+}
+
+void mc_mem_mark(const struct mc_mem *mem, const void *hva, uint64_t len)
+{
+	if (!mem->dirty || !len)
+		return;
+	for (uint32_t i = 0; i < mem->n; i++) {
+		const struct mc_region *r = &mem->regions[i];
+		uint64_t off = (uintptr_t)hva - (uintptr_t)r->hva;
+
+		if ((uintptr_t)hva < (uintptr_t)r->hva || off >= r->size)
+			continue;
+		if (len > r->size - off)
+			len = r->size - off;
+		uint64_t first = (r->offset + off) / MC_DIRTY_PAGE, last = (r->offset + off + len - 1) / MC_DIRTY_PAGE;
+
+		for (uint64_t word = first / 64; word <= last / 64; word++) {
+			uint64_t bits = UINT64_MAX;
+
+			if (word == first / 64)
+				bits &= UINT64_MAX << first % 64;
+			if (word == last / 64)
+				bits &= UINT64_MAX >> (63 - last % 64);
+			/* Not skipped where the bits are set already: without a fence that look could be answered before
+			 * our write is visible, and the core may take the bits and copy the page in between. */
+			__atomic_fetch_or(&mem->dirty[word], bits, __ATOMIC_SEQ_CST);
+		}
+		return;
+	}
+}
+
+void mc_mem_mark_iov(const struct mc_mem *mem, const struct iovec *iov, uint32_t n, uint64_t len)
+{
+	for (uint32_t i = 0; mem->dirty && i < n && len; i++) {
+		uint64_t part = iov[i].iov_len < len ? iov[i].iov_len : len;
+
+		mc_mem_mark(mem, iov[i].iov_base, part);
+		len -= part;
+	}
 }
 
 const char *mc_vq_strerror(int error)
@@ -87,6 +134,25 @@ size_t mc_iov_write(const struct iovec *iov, uint32_t n, size_t off, const void 
 	return iov_copy(iov, n, off, (void *)(uintptr_t)buf, len, true);
 }
 
+/* Bytes of a used ring, with the event word behind it. */
+static size_t used_size(uint16_t size)
+{
+	return sizeof(struct vring_used) + sizeof(struct vring_used_elem) * size + sizeof(uint16_t);
+}
+
+/* Marks the used entries from old up to used_idx. */
+static void mark_used(const struct mc_vq *vq, uint16_t old)
+{
+	uint16_t n = vq->used_idx - old, from = old & (vq->size - 1), room = vq->size - from;
+
+	if (n > vq->size)
+		n = vq->size;
+	uint16_t part = n < room ? n : room;
+
+	mc_mem_mark(vq->mem, used_ring(vq, from), sizeof(struct vring_used_elem) * part);
+	mc_mem_mark(vq->mem, used_ring(vq, 0), sizeof(struct vring_used_elem) * (n - part));
+}
+
 int mc_vq_init(struct mc_vq *vq, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used)
 {
 	vq->error = MC_VQ_BAD_RING;
@@ -98,9 +164,10 @@ int mc_vq_init(struct mc_vq *vq, uint16_t size, uint64_t desc, uint64_t avail, u
 	/* With the event words behind both rings, whether negotiated or not: the driver has to leave room (2.7.10). */
 	vq->desc = mc_mem_at(vq->mem, desc, sizeof(struct vring_desc) * size);
 	vq->avail = mc_mem_at(vq->mem, avail, sizeof(struct vring_avail) + sizeof(uint16_t) * (size + 1u));
-	vq->used = mc_mem_at(vq->mem, used, sizeof(struct vring_used) + sizeof(struct vring_used_elem) * size + sizeof(uint16_t));
+	vq->used = mc_mem_at(vq->mem, used, used_size(size));
 	if (!vq->desc || !vq->avail || !vq->used)
 		return vq->error;
+	mc_mem_mark(vq->mem, vq->used, used_size(size));
 	vq->size = size;
 	vq->avail_seen = vq->last_avail;
 	vq->signalled_used = vq->used_idx;
@@ -241,8 +308,10 @@ void mc_vq_flush(struct mc_vq *vq)
 
 	if (vq->error || old == vq->used_idx)
 		return;
+	mark_used(vq, old);
 	/* Release: the used entries, and the data that we wrote into buffers, before the index that covers them. */
 	__atomic_store_n(&((struct vring_used *)vq->used)->idx, vq->used_idx, __ATOMIC_RELEASE);
+	mc_mem_mark(vq->mem, vq->used, sizeof(struct vring_used));
 	/* Full: used.idx is visible before we look whether the driver wants to hear of it. The driver writes used_event
 	 * (or flags) and then looks at used.idx; without this both could miss the other and the guest would hang. */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -270,10 +339,13 @@ bool mc_vq_enable_kick(struct mc_vq *vq)
 {
 	if (vq->error)
 		return false;
-	if (vq->event_idx)
+	if (vq->event_idx) {
 		__atomic_store_n(avail_event(vq), vq->last_avail, __ATOMIC_RELAXED);
-	else
+		mc_mem_mark(vq->mem, avail_event(vq), sizeof(uint16_t));
+	} else {
 		__atomic_store_n(&((struct vring_used *)vq->used)->flags, 0, __ATOMIC_RELAXED);
+		mc_mem_mark(vq->mem, vq->used, sizeof(uint16_t));
+	}
 	/* Full: the request for a kick is visible before we look for entries that came before it. The driver publishes
 	 * avail.idx and then looks at avail_event (or flags). */
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -283,6 +355,8 @@ bool mc_vq_enable_kick(struct mc_vq *vq)
 void mc_vq_disable_kick(struct mc_vq *vq)
 {
 	/* With EVENT_IDX nothing is to be done: avail_event lies behind, and the driver kicks only when passing it. */
-	if (!vq->error && !vq->event_idx)
-		__atomic_store_n(&((struct vring_used *)vq->used)->flags, VRING_USED_F_NO_NOTIFY, __ATOMIC_RELAXED);
+	if (vq->error || vq->event_idx)
+		return;
+	__atomic_store_n(&((struct vring_used *)vq->used)->flags, VRING_USED_F_NO_NOTIFY, __ATOMIC_RELAXED);
+	mc_mem_mark(vq->mem, vq->used, sizeof(uint16_t));
 }

@@ -1,5 +1,5 @@
-struct mc_region { uint64_t gpa; uint64_t size; uint8_t *hva; ...; };
-struct mc_mem { uint32_t n; struct mc_region regions[...]; ...; };
+struct mc_region { uint64_t gpa; uint64_t size; uint8_t *hva; uint64_t offset; ...; };
+struct mc_mem { uint32_t n; struct mc_region regions[...]; uint64_t *dirty; ...; };
 struct mc_isr { uint32_t status; ...; };
 struct mc_vq_stats { uint64_t requests, bytes_in, bytes_out, errors, kicks, interrupts, suppressed; ...; };
 struct mc_vq {

@@ -19,12 +19,22 @@ struct mc_region {
 	uint64_t gpa;
 	uint64_t size;
 	uint8_t *hva;
+	uint64_t offset;		/* in the memfd; page-aligned */
 };
+
+#define MC_DIRTY_PAGE 4096u
 
 struct mc_mem {
 	uint32_t n;
 	struct mc_region regions[MC_MAX_REGIONS];
+	uint64_t *dirty;		/* shared with the core: a bit a page of the memfd; NULL: nobody wants to know */
 };
+
+/* Says in the dirty log that [hva, hva+len) was written: after the bytes, and before the guest is told of them. What is
+ * outside of the region that hva is in, is cut off. */
+void mc_mem_mark(const struct mc_mem *mem, const void *hva, uint64_t len);
+/* The same of the first len bytes of a vector into guest memory. */
+void mc_mem_mark_iov(const struct mc_mem *mem, const struct iovec *iov, uint32_t n, uint64_t len);
 
 /* The host address of [gpa, gpa+len), or NULL when any byte of it is outside RAM. len 0: NULL. */
 void *mc_mem_at(const struct mc_mem *mem, uint64_t gpa, uint64_t len);
@@ -81,12 +91,15 @@ struct mc_chain {
 };
 
 /* Checks and maps the rings at these guest physical addresses. Fill in mem, isr, kick_fd, call_fd, index, event_idx and
- * indirect first; last_avail and used_idx too, which are 0 on a fresh start. stats are kept.
+ * indirect first; last_avail and used_idx too, which are 0 on a fresh start. stats are kept. The used ring counts as
+ * written from here on.
  * Returns 0, or an enum mc_vq_error, which is also in vq->error. */
 int mc_vq_init(struct mc_vq *vq, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used);
 
 /* Takes the next chain. 1: taken; 0: the ring is empty; -1: the ring is broken, vq->error says how. */
 int mc_vq_pop(struct mc_vq *vq, struct mc_chain *chain);
+
+/* What the ring's owner writes into used ring and event words is marked here; what it writes into buffers, by itself. */
 
 /* Gives the last n popped chains back, which must not have been pushed, as if never taken (a net rx path that found its packet too large). */
 void mc_vq_unpop(struct mc_vq *vq, uint16_t n);

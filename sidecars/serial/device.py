@@ -20,13 +20,16 @@ from motorcade.sidecars.device import (
     RING_FEATURES,
     BrokenQueue,
     Device,
+    DeviceState,
     QueueConfig,
     broken,
     init_memory,
     init_queue,
     map_isr,
+    queue_state,
     queue_stats,
 )
+from motorcade.sidecars.serial import state as saved
 
 if TYPE_CHECKING:
     from motorcade.proto.memory import GuestMemory
@@ -75,6 +78,8 @@ class SerialDevice(Device):
         self._uart = role.flavour == "uart"
         self.virtio_type = 0 if self._uart else VIRTIO_ID_CONSOLE
         self._size = (0, 0)
+        self._features = 0  # that the driver accepted
+        self._restored = 0  # that a loaded driver had accepted before another terminal
         backend = fds["backend"] if role.backend != "none" else -1
         console = fds.get("console", -1)
         for fd in (backend, console):
@@ -97,7 +102,7 @@ class SerialDevice(Device):
             raise OSError(ffi.errno, f"serial {role.device_id}: {os.strerror(ffi.errno)}")
         if not self._uart:
             self._mem = ffi.new("struct mc_mem *")
-            init_memory(ffi, self._mem, memory)
+            init_memory(ffi, self._mem, memory, self.dirty)
             self._isr = map_isr(fds["isr"])
 
     @property
@@ -107,10 +112,10 @@ class SerialDevice(Device):
 
     @property
     def features(self) -> int:
-        """A terminal whose size is known offers it."""
+        """A terminal whose size is known offers it. A restored driver keeps what it was once offered."""
         if self._uart:
             return 0
-        return RING_FEATURES | F_EMERG_WRITE | (F_SIZE if all(self._size) else 0)
+        return RING_FEATURES | F_EMERG_WRITE | (F_SIZE if all(self._size) else 0) | self._restored
 
     @property
     def queue_sizes(self) -> list[int]:
@@ -130,6 +135,7 @@ class SerialDevice(Device):
             vq.mem = self._mem
             vq.isr = ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr))
             init_queue(lib, vq, queue, features, kick_fd=self.fds[f"kick.{queue.index}"], call_fd=self.fds["call.0"])
+        self._features = features
         lib.mc_serial_attach(self._serial, vqs[RX], vqs[TX])
 
     def run(self) -> None:
@@ -143,8 +149,48 @@ class SerialDevice(Device):
 
     def reset(self) -> None:
         """Consoles stay attached, the scrollback is kept, and so is input that no driver has taken."""
+        self._features = 0
         if not self._uart:
             lib.mc_serial_detach(self._serial)
+
+    def quiesce(self) -> None:
+        """What the guest has printed is in the scrollback, and consoles are still shown it; nobody's typing is read."""
+        lib.mc_serial_quiesce(self._serial)
+
+    def resume(self) -> None:
+        """The loop looks at both queues or rings, and reads who typed meanwhile."""
+        lib.mc_serial_resume(self._serial)
+
+    def save(self) -> DeviceState:
+        """Input on its way to the guest, and the end of the scrollback. Who is attached is no part of it."""
+        state = ffi.new("struct mc_serial_state *")
+        lib.mc_serial_save(self._serial, state)
+        pending = bytes(ffi.buffer(state.input, state.input_len))
+        history = bytes(ffi.buffer(state.history, state.history_len))
+        queues = () if self._uart else (lib.mc_serial_queue(self._serial, i) for i in (RX, TX))
+        # One that the driver never made ready has no size, unless that was what is wrong with it.
+        positions = tuple(queue_state(vq) for vq in queues if vq.size or vq.error)
+        # A driver without queues has done nothing, whatever it accepted.
+        data = saved.SerialState(self._features if positions else 0, pending, history).pack()
+        return DeviceState(saved.VERSION, data, positions)
+
+    def load(self, state: DeviceState) -> None:
+        """The input is the next that the guest gets, in place of what it has not taken. The output is history, which
+        consoles are shown, if they have none of their own."""
+        if state.version != saved.VERSION:
+            raise ValueError(f"a console's state of version {state.version}; this sidecar knows {saved.VERSION}")
+        console = saved.SerialState.unpack(state.data)
+        if unknown := console.features & ~(0 if self._uart else RING_FEATURES | F_EMERG_WRITE | F_SIZE):
+            raise ValueError(f"the saved driver accepted feature bits {unknown:#x}, which no console of ours has")
+        if len(console.pending) > lib.MC_SERIAL_INPUT or len(console.history) > lib.MC_SERIAL_HISTORY:
+            raise ValueError(f"{len(console.pending)} bytes of input, {len(console.history)} of output are too many")
+        native = ffi.new("struct mc_serial_state *")
+        native.input_len, native.history_len = len(console.pending), len(console.history)
+        ffi.buffer(native.input)[: native.input_len] = console.pending
+        ffi.buffer(native.history)[: native.history_len] = console.history
+        if error := lib.mc_serial_load(self._serial, native):
+            raise ValueError(f"this console cannot be loaded: {os.strerror(error)}")
+        self._restored = console.features
 
     def broken_queues(self) -> list[BrokenQueue]:
         """Also says in the log what else the loop noticed."""

@@ -1,0 +1,65 @@
+"""The kinds of sidecar that machine.yaml's ``devices`` may name: Motorcade's own, and those of installed packages.
+
+A package offers a kind by an entry point of the group ``motorcade.sidecars`` whose name is the kind and whose object is
+a subclass of ``sdk.Device``:
+
+    [project.entry-points."motorcade.sidecars"]
+    dice = "my_package.dice:DiceDevice"
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from motorcade.sidecars import sdk
+
+GROUP = "motorcade.sidecars"
+OWN = {"rng": "motorcade.sidecars.rng.device:RngDevice"}
+# Not to be had by a package: our own, and the other roles that name a process and its log.
+RESERVED = frozenset({"blk", "net", "serial", "pager", "core", "supervisor", "passt", *OWN})
+
+
+class UnknownKind(ValueError):
+    """There is no such kind, or what should be it is not."""
+
+
+def names() -> list[str]:
+    """Every kind there is."""
+    return sorted({*OWN, *_offered()})
+
+
+@functools.cache
+def find(kind: str) -> type[sdk.Device]:
+    """The class of a kind, imported. UnknownKind: nobody offers it, several do, or what they offer is no device."""
+    from motorcade.sidecars import sdk
+
+    target = OWN.get(kind)
+    if target is None:
+        offers = {} if kind in RESERVED else _offered()
+        if kind not in offers:
+            raise UnknownKind(f"there is no kind of device '{kind}' (there are: {', '.join(names())})")
+        if len(set(offers[kind])) > 1:
+            raise UnknownKind(f"several packages offer a kind '{kind}': {', '.join(sorted(set(offers[kind])))}")
+        target = offers[kind][0]
+    module, _, name = target.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as e:  # whatever a package of somebody else's does when it is imported
+        raise UnknownKind(f"kind '{kind}': {target} cannot be imported: {type(e).__name__}: {e}") from e
+    if not (isinstance(found, type) and issubclass(found, sdk.Device)):
+        raise UnknownKind(f"kind '{kind}': {target} is not a subclass of motorcade.sidecars.sdk.Device")
+    if missing := [n for n in ("virtio_type", "sizes") if not hasattr(found, n)] + sorted(found.__abstractmethods__):
+        raise UnknownKind(f"kind '{kind}': {target} has no {', '.join(missing)}")
+    return found
+
+
+def _offered() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        if point.name not in RESERVED:
+            found.setdefault(point.name, []).append(point.value)
+    return found

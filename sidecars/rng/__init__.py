@@ -1,0 +1,1 @@
+"""The entropy sidecar: virtio-rng, and the kit's example."""
