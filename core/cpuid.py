@@ -87,6 +87,24 @@ def _adjust(e: Any, apic_id: int, cpus: int, *, amd: bool) -> None:
             e.eax, e.ebx, e.ecx = apic_id, apic_id & 0xFF, 0  # one thread a core, one node
 
 
+def to_bytes(table: Any) -> bytes:
+    """The table's entries, for a template."""
+    return bytes(ffi.buffer(table.entries, table.nent * ffi.sizeof("struct kvm_cpuid_entry2")))
+
+
+def from_bytes(data: bytes) -> Any:
+    """The ``struct kvm_cpuid2`` of ``to_bytes``. ``make`` gives from it what it gave before, and another vCPU's.
+
+    ValueError where it is no whole number of entries.
+    """
+    count, rest = divmod(len(data), ffi.sizeof("struct kvm_cpuid_entry2"))
+    if rest:
+        raise ValueError(f"a CPUID table of {len(data)} bytes has no whole number of entries")
+    table = ffi.new("struct kvm_cpuid2 *", {"nent": count, "entries": count})
+    ffi.memmove(table.entries, data, len(data))
+    return table
+
+
 def entries(table: Any) -> dict[tuple[int, int], tuple[int, int, int, int]]:
     """``(function, index)`` to ``(eax, ebx, ecx, edx)``, for messages and tests."""
     return {(e.function, e.index): (e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[0 : table.nent]}

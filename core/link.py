@@ -1,9 +1,9 @@
 """The core's end of one sidecar: what it was asked, what it answered, and whether it is still there.
 
 States go one way: WAITING until its hello, then PRESENT, and GONE for good once the supervisor says that the process
-has ended. A sidecar that is silent past a deadline, or answers with an error where there can be none, is reported
-to the supervisor to be killed; GONE follows. Only GONE and an answered reset mean that guest memory is safe
-from it.
+has ended; or WAITING again where another process has taken its place. A sidecar that is silent past a deadline, or
+answers with an error where there can be none, is reported to the supervisor to be killed; GONE follows. Only GONE and
+an answered reset mean that guest memory is safe from it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from motorcade.core import virtio
 from motorcade.core.loop import Loop
+from motorcade.core.task import Future
 from motorcade.proto import messages
 from motorcade.proto.framing import ControlServer, Gone, Outcome, Timeout
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 DEADLINE_MS = 10_000  # generous: a sidecar answers in under a millisecond unless its backend hangs
 PING_MS = 30_000  # a host short of memory or processors is no reason to lose a disk
 SHUTDOWN_MS = 30_000  # flushing a disk's cache may take long
+QUIESCE_MS = 30_000  # requests in flight are finished first
+SAVE_MS = 30_000
 
 
 class LinkState(enum.Enum):
@@ -32,6 +35,10 @@ class LinkState(enum.Enum):
     WAITING = "waiting"
     PRESENT = "present"
     GONE = "gone"
+
+
+class SidecarError(Exception):
+    """A sidecar could not do what a snapshot needs; the text begins with its name."""
 
 
 class SidecarLink:
@@ -64,6 +71,14 @@ class SidecarLink:
         self._server.forget(self.device_id)
         self._release()
 
+    def replaced(self, pid: int) -> None:
+        """Another process is in its place, and will say hello: what the last one was asked, it will not answer."""
+        self.gone_reason = "it was replaced"
+        self._server.expect(self.device_id, pid)
+        self.pid = pid
+        self.state = LinkState.WAITING
+        self._release()
+
     def _release(self) -> None:
         for event in self._released:
             event.set()
@@ -77,7 +92,7 @@ class SidecarLink:
 
         def answered(outcome: Outcome) -> None:
             if isinstance(outcome, Timeout):
-                self._kill(self.device_id, f"no answer to {what} within {deadline_ms / 1000:g} s")
+                self._kill(self.device_id, _silence(what, outcome))
             elif isinstance(outcome, messages.Error):
                 self._kill(self.device_id, f"{what} failed: {outcome.text}")
             elif not isinstance(outcome, Gone) and done is not None:
@@ -119,6 +134,60 @@ class SidecarLink:
             self._loop.call_soon(ask)
             released.wait()
 
+    def ask(self, body: messages.Request, deadline_ms: int) -> Future[messages.Answer]:
+        """Asks, and has nobody killed: SidecarError for silence, a refusal, or a sidecar that is gone."""
+        future: Future[messages.Answer] = Future()
+        what = type(body).__name__.lower()
+
+        def answered(outcome: Outcome) -> None:
+            if isinstance(outcome, Timeout):
+                future.fail(SidecarError(f"{self.device_id}: {_silence(what, outcome)}"))
+            elif isinstance(outcome, messages.Error):
+                future.fail(SidecarError(f"{self.device_id}: {what}: {outcome.text}"))
+            elif isinstance(outcome, Gone):
+                future.fail(SidecarError(f"{self.device_id}: its sidecar is gone: {self.gone_reason}"))
+            else:
+                future.set(outcome)
+
+        if self.state is LinkState.WAITING:
+            future.fail(SidecarError(f"{self.device_id}: its sidecar is not there yet"))
+        else:
+            self._server.request(self.device_id, body, deadline_ms, answered)
+        return future
+
+    def wake(self) -> None:
+        """Ends a quiesce, or the rest in which a restored sidecar starts; one that does not answer is killed."""
+        self._request(messages.Resume(), DEADLINE_MS)
+
+    def restore_queues(
+        self, features: int, queues: dict[int, virtio.Queue], state: messages.DeviceState
+    ) -> Future[messages.Answer]:
+        """Has a sidecar that was given ``state`` (Load) go on with the queues that its driver had set up.
+
+        ValueError where the two do not belong together.
+        """
+        known = [q.index for q in state.queues]
+        if len(set(known)) != len(known) or not set(known) <= queues.keys():
+            raise ValueError(f"the sidecar's queues {known} are not the driver's {sorted(queues)}")
+        body = messages.Activate(
+            features,
+            tuple(
+                messages.Queue(
+                    index=at.index,
+                    size=queues[at.index].size,
+                    desc=queues[at.index].desc,
+                    driver=queues[at.index].driver,
+                    device=queues[at.index].device,
+                    last_avail=at.last_avail,
+                    used_idx=at.used_idx,
+                    error=at.error,
+                )
+                for at in state.queues
+            ),
+            restored=True,
+        )
+        return self.ask(body, DEADLINE_MS)
+
     def stats(self, done: Callable[[messages.StatsReport | None], None]) -> None:
         """Asks for the counters; None when the sidecar is gone or gives none."""
         if self.state is not LinkState.PRESENT:
@@ -148,6 +217,12 @@ class SidecarLink:
     def shutdown(self) -> None:
         """Asks it to flush, close its backend and end; GONE follows."""
         self._request(messages.Shutdown(), SHUTDOWN_MS)
+
+
+def _silence(what: str, outcome: Timeout) -> str:
+    if outcome.unconnected:
+        return f"its sidecar has closed its connection, and cannot be asked to {what}"
+    return f"no answer to {what} within {outcome.deadline_ms / 1000:g} s"
 
 
 def _is_traced(pid: int) -> bool:

@@ -9,6 +9,8 @@ thread waits for that vCPU to park.
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import logging
 import os
 import selectors
@@ -28,11 +30,14 @@ class Loop:
         self._outer = selectors.EpollSelector()
         self._calls: deque[Callable[[], None]] = deque()
         self._deadline_sources: list[tuple[Callable[[], float | None], Callable[[float], None]]] = []
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timer_ids = itertools.count()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.add_control(self._wake, self._run_calls)
         # An epoll descriptor is readable when it has something to report: the control level as one outer event.
         self._outer.register(self._control.fileno(), selectors.EVENT_READ, lambda _events: self._step(0))
         self._stopped = False
+        self.add_deadlines(lambda: self._timers[0][0] if self._timers else None, self._run_timers)
 
     def add_control(self, fd: int, callback: Callable[[], None]) -> None:
         """Calls ``callback`` when ``fd`` is readable, in nested waits too. ``fd`` stays the caller's."""
@@ -50,6 +55,15 @@ class Loop:
     def add_deadlines(self, next_deadline: Callable[[], float | None], expire: Callable[[float], None]) -> None:
         """Has ``expire(now)`` called once ``next_deadline()``, in time.monotonic() seconds, has passed."""
         self._deadline_sources.append((next_deadline, expire))
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Runs ``callback`` after ``seconds``, at the control level. There is no taking it back: it finds out itself
+        whether it is still wanted."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._timer_ids), callback))
+
+    def _run_timers(self, now: float) -> None:
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2]()
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Runs ``callback`` on the loop's thread, at the control level. From any thread."""

@@ -8,22 +8,23 @@ import signal
 import socket
 import traceback
 
-from motorcade.core._native import ffi, lib
+from motorcade.core import blank as blank_vm
+from motorcade.core.blank import Blank
 from motorcade.core.loop import Loop
 from motorcade.core.machine import DETAIL_MAX, Machine
 from motorcade.core.qmp.server import QmpServer
 from motorcade.proto import boot as bootlink
 from motorcade.proto import messages
-from motorcade.proto.framing import ControlServer
-from motorcade.proto.memory import GuestMemory
 from motorcade.sidecars import log as logs
-from motorcade.sidecars import sandbox
 
 log = logging.getLogger(__name__)
 
 
-def run(boot_socket: socket.socket) -> int:
-    """The core's main. Returns the exit status that the VM's end asks for; owns ``boot_socket``."""
+def run(boot_socket: socket.socket, blank: Blank | None = None) -> int:
+    """The core's main. Returns the exit status that the VM's end asks for; owns ``boot_socket``.
+
+    ``blank``: what there is already; then the process has given up its privileges, and has threads of ZeroMQ's.
+    """
     boot, fds = bootlink.recv_boot(boot_socket)
     start_log(boot.log_level)
     if not isinstance(boot.role, messages.CoreBoot):
@@ -31,16 +32,17 @@ def run(boot_socket: socket.socket) -> int:
     # The terminal's Ctrl-C goes to vmmctl, which asks for an orderly end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        memory = GuestMemory(fds["memory"], boot.regions)
+        if blank is None:
+            blank = blank_vm.make(fds, boot.regions, lazy=boot.lazy)
+        ground, server = blank.ground, blank.server
+        ground.check(boot, fds["memory"])
         loop = Loop()
-        server = ControlServer()
-        machine = Machine(boot, fds, memory, loop, server, boot_socket)
-        server.bind(boot.control_socket)
+        machine = Machine(boot, fds, ground.memory, loop, server, boot_socket, blank.vm)
+        server.bind(boot.control_socket, fds.pop("control"))
         qmp = QmpServer(loop.outer, machine, [fd for label, fd in sorted(fds.items()) if label.startswith("qmp.")])
         loop.add_deadlines(qmp.next_deadline, qmp.expire)
         machine.on_event = qmp.emit
-        sandbox.enter(ffi, lib)
-        bootlink.send_life(boot_socket, messages.Ready())
+        bootlink.send_life(boot_socket, ground.ready, ground.descriptors)
         machine.start()
     except Exception as e:
         # Whatever it is, the person at vmmctl must read it; the traceback is in the log.

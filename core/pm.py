@@ -9,6 +9,7 @@ with its registers, not started over for ever. A guest gets there only by asking
 from __future__ import annotations
 
 import logging
+import struct
 import threading
 from collections.abc import Callable
 
@@ -24,6 +25,7 @@ SLEEP_STATUS = 0x5  # 1 byte
 RESET = 0x6  # 1 byte: RESET_VALUE resets the machine
 
 EVENT_POWER_BUTTON = 1 << 0
+EVENT_GENERATION = 1 << 1  # the VM generation ID has changed
 RESET_VALUE = 0x42
 SLEEP_TYPE_S5 = 5  # what \_S5 says
 
@@ -32,6 +34,9 @@ _SLP_TYP_SHIFT, _SLP_TYP_MASK = 2, 7
 
 KBD_COMMAND = 0x64
 CF9 = 0xCF9
+
+_CF9_KEPT = 0xE & ~0x4  # RST_CPU is a pulse
+_STATE = struct.Struct("<I")
 
 
 class PmDevice:
@@ -74,14 +79,36 @@ class PmDevice:
 
     def power_button(self) -> None:
         """Presses the button: sets the event and interrupts the guest, which may ignore it. Any thread."""
+        self._raise_event(EVENT_POWER_BUTTON)
+
+    def generation_changed(self) -> None:
+        """Says that the VM generation ID in memory is another one. Any thread."""
+        self._raise_event(EVENT_GENERATION)
+
+    def _raise_event(self, event: int) -> None:
         with self._lock:
-            self._events |= EVENT_POWER_BUTTON
+            self._events |= event
         self._raise_gsi(GED_GSI)
 
     def reset(self) -> None:
         """Forgets a press that the guest has not seen: the machine starts over."""
         with self._lock:
             self._events = 0
+
+    def save(self) -> bytes:
+        """What the guest has not been told yet, for a snapshot."""
+        with self._lock:
+            return _STATE.pack(self._events)
+
+    def restore(self, data: bytes) -> None:
+        """Puts back what ``save`` gave; ValueError where it is not that."""
+        if len(data) != _STATE.size:
+            raise ValueError(f"{len(data)} bytes, not {_STATE.size}")
+        (events,) = _STATE.unpack(data)
+        if events & ~(EVENT_POWER_BUTTON | EVENT_GENERATION):
+            raise ValueError(f"events {events:#x}, which this machine has not")
+        with self._lock:
+            self._events = events
 
 
 class KeyboardReset:
@@ -117,6 +144,16 @@ class Cf9Reset:
     def write(self, offset: int, size: int, value: int) -> None:
         """BusDevice."""
         rises = value & 0x4 and not self._value & 0x4
-        self._value = value & 0xE & ~0x4  # RST_CPU is a pulse
+        self._value = value & _CF9_KEPT
         if rises:
             self._on_reset()
+
+    def save(self) -> bytes:
+        """The register, for a snapshot."""
+        return bytes([self._value])
+
+    def restore(self, data: bytes) -> None:
+        """Puts back what ``save`` gave; ValueError where it is not that."""
+        if len(data) != 1 or data[0] & ~_CF9_KEPT:
+            raise ValueError(f"{data[:4].hex()} is no value of port {CF9:#x}")
+        self._value = data[0]

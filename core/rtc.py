@@ -7,6 +7,7 @@ written to them, and the DSDT names no interrupt, so that a driver polls instead
 from __future__ import annotations
 
 import calendar
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -27,8 +28,13 @@ _HOURS_24 = 0x02  # of B: else 1 to 12 with _PM
 _PM = 0x80  # of the hours
 _VALID = 0x80  # of D: the battery is good
 
+# Index, whether the clock stands still, the clock registers if so, the RAM, offset from UTC in nanoseconds (signed).
+_STATE = struct.Struct(f"<BB{len(_CLOCK)}s128s16s")
+
 _NS = 1_000_000_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# A guest may set the years 1900 to 9000; the clock goes on from there.
+_OLDEST_NS, _NEWEST_NS = ((datetime(y, 1, 1, tzinfo=UTC) - _EPOCH) // timedelta(seconds=1) * _NS for y in (1899, 9500))
 
 
 class Rtc:
@@ -60,6 +66,26 @@ class Rtc:
                     self._index = byte & 0x7F  # bit 7 masks NMI on a PC; there is none to mask
                 elif offset + i == 1:
                     self._write(self._index, byte)
+
+    def save(self) -> bytes:
+        """All of it but the time, which is the host's wherever it is restored, for a snapshot."""
+        with self._lock:
+            frozen = bytes(self._frozen[i] for i in _CLOCK) if self._frozen is not None else bytes(len(_CLOCK))
+            offset = self._offset_ns.to_bytes(16, "little", signed=True)
+            return _STATE.pack(self._index, self._frozen is not None, frozen, self._ram, offset)
+
+    def restore(self, data: bytes) -> None:
+        """Puts back what ``save`` gave; ValueError where it is not that."""
+        if len(data) != _STATE.size:
+            raise ValueError(f"{len(data)} bytes, not {_STATE.size}")
+        index, is_frozen, frozen, ram, offset = _STATE.unpack(data)
+        offset_ns = int.from_bytes(offset, "little", signed=True)
+        shown = self._now_ns() + offset_ns
+        if index > 0x7F or is_frozen != bool(ram[_B] & _SET) or not _OLDEST_NS < shown < _NEWEST_NS:
+            raise ValueError("it is not one that the clock can be in")
+        with self._lock:
+            self._index, self._offset_ns, self._ram = index, offset_ns, bytearray(ram)
+            self._frozen = dict(zip(_CLOCK, frozen, strict=True)) if is_frozen else None
 
     def _read(self, index: int) -> int:
         if index in _CLOCK:

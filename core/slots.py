@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from motorcade.core.kvm import Vm
 from motorcade.core.layout import slot_address, slot_gsi
+from motorcade.core.virtio import CONFIG_CHANGED
 from motorcade.core.virtio_mmio import Reg
-
-INTERRUPT_CONFIG = 2  # InterruptStatus bit 1 (virtio 1.2, table 4.1)
 
 
 class Slot:
@@ -38,9 +37,23 @@ class Slot:
 
     def config_changed(self) -> None:
         """See virtio.Interrupts."""
-        self._isr.set(INTERRUPT_CONFIG)
+        self._isr.set(CONFIG_CHANGED)
         os.eventfd_write(self._call, 1)
 
     def clear(self) -> None:
         """See virtio.Interrupts."""
         self._isr.clear()
+
+    def pending(self) -> int:
+        """See virtio.Interrupts."""
+        return self._isr.read()
+
+    def restore(self, bits: int) -> None:
+        """See virtio.Interrupts."""
+        self._isr.clear()
+        self._isr.set(bits)
+
+    def raise_again(self) -> None:
+        """See virtio.Interrupts."""
+        if self._isr.read():
+            os.eventfd_write(self._call, 1)

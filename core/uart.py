@@ -38,7 +38,7 @@ class Uart:
         vm.platform.uart = self.native
 
     def attach(self, ring_fd: int, tx_eventfd: int, rx_eventfd: int) -> None:
-        """Puts a sidecar's ring behind it, going on where the ring stands.
+        """Puts a sidecar's ring behind it, going on where the ring stands. No byte moves before ``poll``.
 
         ``ring_fd``: memfd of ``struct mc_uart_ring`` (native/uart_ring.h), sealed against shrinking (ValueError
         where not), mapped here and the caller's to close. The eventfds stay the caller's and must stay open:
@@ -62,7 +62,8 @@ class Uart:
         self._ring = ring
 
     def poll(self) -> None:
-        """Takes in what the sidecar sent, and sends on what waited for room."""
+        """Takes in what the sidecar sent, and sends on what waited for room. Not while the sidecar is quiesced: what
+        moves then is saved twice, or by nobody."""
         lib.mc_uart_poll(self.native)
 
     def reset(self) -> None:
@@ -82,7 +83,8 @@ class Uart:
         return bytes(ffi.buffer(regs))
 
     def restore(self, data: bytes) -> None:
-        """Puts back what ``save`` gave; ValueError where it is not that."""
+        """Puts back what ``save`` gave, and moves nothing: call ``poll`` before the guest runs, and restore
+        the irqchip, which has the interrupt line's state. ValueError where it is not what ``save`` gave."""
         regs = ffi.new("struct mc_uart_regs *")
         if len(data) != len(ffi.buffer(regs)):
             raise ValueError(f"UART state has {len(data)} bytes, not {len(ffi.buffer(regs))}")

@@ -101,6 +101,10 @@ class Vcpus:
         """Puts vCPU 0 at ``entry``, makes the threads, and returns with all of them parked: ``resume`` lets them go."""
         for vcpu in self.vcpus:
             vcpu.prepare(entry if vcpu.index == 0 else None)
+        self.start_threads()
+
+    def start_threads(self) -> None:
+        """Makes the threads for vCPUs whose state is set, by ``start`` or from a snapshot; they are parked."""
         self._threads = [
             threading.Thread(target=self._run, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
             for vcpu in self.vcpus

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from motorcade.core import cpuid
@@ -23,7 +24,7 @@ _MTRR_ENABLED_WB = 1 << 11 | 6  # IA32_MTRR_DEF_TYPE: enabled, write-back (Intel
 _LINT_EXTINT, _LINT_NMI = 7 << 8, 4 << 8  # delivery modes of a local vector table entry
 
 # State that KVM_GET_MSR_INDEX_LIST does not name: the MTRRs (Intel SDM volume 4, table 2-2), variable and fixed.
-_MTRRS = [*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), lib.MC_MSR_IA32_MTRR_DEF_TYPE]
+MTRRS = [*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), lib.MC_MSR_IA32_MTRR_DEF_TYPE]
 
 # In the order in which they are put back: the MSRs need the segment registers' EFER and APIC base, the APIC its base,
 # the deadline timer the APIC (and follows below), events and the runnable state come last.
@@ -38,6 +39,18 @@ _TYPES = {
     "mp_state": ("struct kvm_mp_state", lib.KVM_GET_MP_STATE, lib.KVM_SET_MP_STATE),
 }
 
+_TSC_APART = 1 << 44  # ticks: hours, where KVM takes two values less than a second apart for one (Vcpu.start_time)
+
+
+@dataclass(frozen=True)
+class _StoppedTime:
+    """What of a saved vCPU goes on by itself: kept aside until the vCPU first runs."""
+
+    tsc: int
+    deadline: int | None  # IA32_TSC_DEADLINE, where there is one
+    initial_count: int  # APIC timer
+    current_count: int
+
 
 class Vcpu:
     """A vCPU of a VM. Owns its fd and the mapping of its run page."""
@@ -48,10 +61,11 @@ class Vcpu:
         self._vm = vm
         self.fd = call(f"creating vCPU {index}", vm.fd, lib.KVM_CREATE_VCPU, index)
         self.native = ffi.new("struct mc_vcpu *")
+        self._stopped: _StoppedTime | None = None
         try:
             size = call("KVM_GET_VCPU_MMAP_SIZE", vm.kvm.fd, lib.KVM_GET_VCPU_MMAP_SIZE)
             check(f"mapping vCPU {index}", lib.mc_vcpu_init(self.native, self.fd, size, vm.platform))
-            self._call("CPUID", lib.KVM_SET_CPUID2, cpuid.make(supported, index, cpus))
+            self.set_cpuid(cpuid.make(supported, index, cpus))
             # What KVM made is what a reset goes back to.
             self._power_on = self.save()
         except BaseException:
@@ -77,11 +91,22 @@ class Vcpu:
     def _set(self, name: str, value: Any) -> None:
         self._call(f"setting {name}", _TYPES[name][2], value)
 
+    def set_cpuid(self, table: Any) -> None:
+        """What CPUID says (``struct kvm_cpuid2``); before the first instruction, and before ``restore``."""
+        self._call("CPUID", lib.KVM_SET_CPUID2, table)
+        self.cpuid = cpuid.to_bytes(table)
+
+    @property
+    def msrs(self) -> list[int]:
+        """Those that this vCPU has, and ``save`` saves."""
+        return list(msr_values(dict(self._power_on)["msrs"]))
+
     # Starting.
 
     def reset(self, entry: Entry | None) -> None:
         """The state after power-on, and then the boot processor's at ``entry``, or waiting for SIPI (None)."""
         lib.mc_vcpu_forget_exit(self.native)
+        self._stopped = None
         self.restore([r for r in self._power_on if r[0] != "msrs"] + self._reset_msrs())
         self.prepare(entry)
 
@@ -95,7 +120,7 @@ class Vcpu:
         self.set_msrs({lib.MC_MSR_IA32_MISC_ENABLE: _FAST_STRINGS, lib.MC_MSR_IA32_MTRR_DEF_TYPE: _MTRR_ENABLED_WB})
         lapic = self._get("lapic")
         # Virtual wire: the 8259s reach the boot processor through LINT0, NMI is LINT1 of all of them.
-        regs = ffi.cast("uint32_t *", lapic.regs)
+        regs = _apic_registers(lapic)
         if entry is not None:
             regs[lib.MC_APIC_LVT_LINT0 // 4] = _LINT_EXTINT
         regs[lib.MC_APIC_LVT_LINT1 // 4] = _LINT_NMI
@@ -132,13 +157,17 @@ class Vcpu:
     # State.
 
     def save(self) -> list[Record]:
-        """Everything that KVM keeps of this vCPU."""
+        """Everything that KVM keeps of this vCPU; time as it stood still, if ``restore_stopped`` has stopped it."""
+        records = self._save()
+        return records if self._stopped is None else _with_time(records, self._stopped)
+
+    def _save(self) -> list[Record]:
         # A processor without XSAVE has no XCR0 (and KVM no request for it); its FXSAVE state is in "xsave" too.
         has_xcrs = call("KVM_CHECK_EXTENSION", self._vm.fd, lib.KVM_CHECK_EXTENSION, lib.KVM_CAP_XCRS)
         fixed = [name for name in _FIXED if name != "xcrs" or has_xcrs]
         records = [(name, bytes(ffi.buffer(self._get(name)))) for name in fixed]
         records.append(("xsave", bytes(ffi.buffer(self._xsave(read=True)))))
-        records.append(("msrs", _msr_record(self.get_msrs(sorted({*self._vm.kvm.msr_indices, *_MTRRS})))))
+        records.append(("msrs", _msr_record(self.get_msrs(sorted({*self._vm.kvm.msr_indices, *MTRRS})))))
         return records
 
     def restore(self, records: list[Record]) -> None:
@@ -156,6 +185,62 @@ class Vcpu:
             if name in by_name:
                 self._set(name, from_record(_TYPES[name][0], name, by_name[name]))
         self.set_msrs(deadline)
+
+    def restore_stopped(self, records: list[Record]) -> None:
+        """As ``restore``, from a snapshot: its time stamp counter and timers wait for ``start_time``. ValueError where
+        one of the records that every vCPU has is missing or damaged, KvmError where KVM does not take them."""
+        by_name = dict(records)
+        if missing := {name for name, _ in self._power_on} - by_name.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        msrs = msr_values(by_name["msrs"])
+        if lib.MC_MSR_IA32_TSC not in msrs:
+            raise ValueError("it lacks the time stamp counter")
+        regs = _apic_registers(from_record("struct kvm_lapic_state", "lapic", by_name["lapic"]))
+        stopped = _StoppedTime(
+            tsc=msrs[lib.MC_MSR_IA32_TSC],
+            deadline=msrs.get(lib.MC_MSR_IA32_TSC_DEADLINE),
+            initial_count=regs[lib.MC_APIC_TMICT // 4],
+            current_count=regs[lib.MC_APIC_TMCCT // 4],
+        )
+        lib.mc_vcpu_forget_exit(self.native)
+        # The counter itself is left as it is: nothing reads it before start_time.
+        still = _with_time(records, _StoppedTime(0, None if stopped.deadline is None else 0, 0, 0))
+        still_msrs = {i: v for i, v in msr_values(dict(still)["msrs"]).items() if i != lib.MC_MSR_IA32_TSC}
+        self.restore([r for r in still if r[0] != "msrs"] + [("msrs", _msr_record(still_msrs))])
+        self._stopped = stopped
+
+    def start_time(self, elapsed_ns: int, tsc_khz: int) -> None:
+        """Sets what ``restore_stopped`` kept aside, ``elapsed_ns`` later. vCPU 0 first; all before any of them runs.
+
+        Nothing where no time was kept aside. A KVM that gives guests the host's counter (pvm) ignores ours.
+        """
+        stopped, self._stopped = self._stopped, None
+        if stopped is None:
+            return
+        tsc = (stopped.tsc + elapsed_ns * tsc_khz // 1_000_000) & (1 << 64) - 1
+        if self.index == 0:
+            # KVM takes a value that is within a second of the counter for an attempt to keep the vCPUs in step, and
+            # leaves the counter alone (kvm_synchronize_tsc). So vCPU 0 goes elsewhere first; the others then are
+            # such an attempt, and rightly so.
+            self.set_msrs({lib.MC_MSR_IA32_TSC: tsc ^ _TSC_APART})
+        self.set_msrs({lib.MC_MSR_IA32_TSC: tsc})
+        lapic = self._get("lapic")  # not the saved one: an interrupt may have come in since
+        regs = _apic_registers(lapic)
+        regs[lib.MC_APIC_TMICT // 4] = stopped.initial_count
+        regs[lib.MC_APIC_TMCCT // 4] = _count_later(stopped.current_count, regs[lib.MC_APIC_TDCR // 4], elapsed_ns)
+        if stopped.initial_count:
+            self._set("lapic", lapic)
+        if stopped.deadline:
+            self.set_msrs({lib.MC_MSR_IA32_TSC_DEADLINE: stopped.deadline})
+
+    def scale_tsc(self, khz: int) -> None:
+        """Has the time stamp counter run at ``khz``; KvmError where this host cannot do that."""
+        self._call("KVM_SET_TSC_KHZ", lib.KVM_SET_TSC_KHZ, khz)
+
+    @property
+    def tsc_khz(self) -> int:
+        """Of the guest's time stamp counter."""
+        return self._call("KVM_GET_TSC_KHZ", lib.KVM_GET_TSC_KHZ)
 
     def _xsave(self, *, read: bool, data: bytes = b"") -> Any:
         # KVM_CAP_XSAVE2 counts the bytes where a feature (AMX) makes the area larger than the classic 4 KiB.
@@ -219,6 +304,39 @@ class Vcpu:
     def waits_for_sipi(self) -> bool:
         """Whether the guest has not started this processor."""
         return int(self._get("mp_state").mp_state) == lib.KVM_MP_STATE_UNINITIALIZED
+
+
+def _apic_registers(lapic: Any) -> Any:
+    return ffi.cast("uint32_t *", lapic.regs)
+
+
+def _count_later(count: int, divide: int, elapsed_ns: int) -> int:
+    """An APIC timer's current count after ``elapsed_ns``: at least 1, so that an interrupt which is due comes at once,
+    and 0 only where it was. KVM's APIC bus has a cycle of 1 ns; ``divide`` is the divide configuration register
+    (Intel SDM volume 3, figure 11-10)."""
+    if count == 0:
+        return 0
+    shift = ((divide & 3 | (divide & 8) >> 1) + 1) & 7
+    return max(1, count - (elapsed_ns >> shift))
+
+
+def _with_time(records: list[Record], time: _StoppedTime) -> list[Record]:
+    """``records`` of a vCPU with these values of what goes on by itself."""
+
+    def replaced(name: str, data: bytes) -> bytes:
+        if name == "lapic":
+            lapic = from_record("struct kvm_lapic_state", name, data)
+            regs = _apic_registers(lapic)
+            regs[lib.MC_APIC_TMICT // 4], regs[lib.MC_APIC_TMCCT // 4] = time.initial_count, time.current_count
+            return bytes(ffi.buffer(lapic))
+        if name == "msrs":
+            msrs = msr_values(data) | {lib.MC_MSR_IA32_TSC: time.tsc}
+            if time.deadline is not None:
+                msrs[lib.MC_MSR_IA32_TSC_DEADLINE] = time.deadline
+            return _msr_record(dict(sorted(msrs.items())))
+        return data
+
+    return [(name, replaced(name, data)) for name, data in records]
 
 
 def _msr_table(values: dict[int, int]) -> Any:

@@ -14,9 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 log = logging.getLogger(__name__)
 
 F_VERSION_1 = 1 << 32
+CONFIG_CHANGED = 2  # InterruptStatus bit 1 (table 4.1)
 
 
 class Status(enum.IntFlag):
@@ -61,6 +64,54 @@ class Queue:
         return None
 
 
+class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A virtqueue in a snapshot: Queue as plain data."""
+
+    max_size: int
+    size: int
+    ready: bool
+    desc: int
+    driver: int
+    device: int
+
+    def problem(self) -> str | None:
+        """Why no driver can have set it up so, or None. What a sidecar could not use is for Queue.problem."""
+        if not 0 < self.max_size <= 0x8000 or not 0 <= self.size <= 0xFFFF:
+            return f"size {self.size} of {self.max_size}"
+        if not all(0 <= address < 1 << 64 for address in (self.desc, self.driver, self.device)):
+            return "an address of more than 64 bits"
+        return None
+
+
+class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A device's driver-visible state in a snapshot: plain, untrusted data until ``Device.restore`` has seen it."""
+
+    virtio_type: int
+    offered: int
+    status: int
+    driver_features: int
+    features_sel: int
+    driver_features_sel: int
+    queue_sel: int
+    config_generation: int
+    config: bytes
+    interrupts: int
+    queues: list[QueueState]
+
+    def problem(self) -> str | None:
+        """Why no device can be in this state, or None."""
+        words = (self.features_sel, self.driver_features_sel, self.queue_sel, self.config_generation, self.virtio_type)
+        if not all(0 <= word <= 0xFFFF_FFFF for word in words) or not 0 <= self.status <= 0xFF:
+            return "a register of more bits than it has"
+        if not 0 <= self.driver_features < 1 << 64 or not 0 <= self.offered < 1 << 64:
+            return "features of more than 64 bits"
+        if not 0 <= self.interrupts <= 3:
+            return f"InterruptStatus {self.interrupts:#x}"
+        if self.status & Status.DRIVER_OK and not self.status & Status.FEATURES_OK:
+            return "DRIVER_OK without FEATURES_OK"
+        return next((f"queue {i}: {why}" for i, q in enumerate(self.queues) if (why := q.problem())), None)
+
+
 class Backend(Protocol):
     """The sidecar's side, reached from any vCPU thread."""
 
@@ -82,6 +133,15 @@ class Interrupts(Protocol):
 
     def clear(self) -> None:
         """Forgets what is pending, at a reset."""
+
+    def pending(self) -> int:
+        """InterruptStatus: what the driver has not acknowledged."""
+
+    def restore(self, bits: int) -> None:
+        """Sets InterruptStatus and interrupts nobody yet."""
+
+    def raise_again(self) -> None:
+        """Interrupts the driver, if anything is pending: an edge may have been lost on its way."""
 
 
 class Device:
@@ -231,6 +291,89 @@ class Device:
                 self._interrupts.clear()
                 self._clear()
                 self._resetting = False
+
+    # Snapshots; the vCPUs are parked.
+
+    def save(self) -> bytes:
+        """What the driver sees of the device and what it wrote, canonical. ValueError before its sidecar's hello."""
+        with self._lock:
+            if self.identity is None:
+                raise ValueError("its sidecar has not said what it is")
+            queues = [QueueState(q.max_size, q.size, q.ready, q.desc, q.driver, q.device) for q in self.queues]
+            return msgspec.json.encode(
+                DeviceState(
+                    virtio_type=self.identity.virtio_type,
+                    offered=self.offered,
+                    status=int(self.status),
+                    driver_features=self.driver_features,
+                    features_sel=self.features_sel,
+                    driver_features_sel=self.driver_features_sel,
+                    queue_sel=self.queue_sel,
+                    config_generation=self.config_generation,
+                    config=bytes(self._config),
+                    interrupts=self._interrupts.pending(),
+                    queues=queues,
+                )
+            )
+
+    def restore(self, data: bytes) -> None:
+        """Puts back what ``save`` gave into a device whose sidecar has no queues.
+
+        The sidecar is told by ``link`` (Load, Activate), not here. ValueError: damaged, or of a device that this
+        one cannot stand in for; the message names the difference. Nothing has changed then.
+        """
+        try:
+            state = msgspec.json.decode(data, type=DeviceState)
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            raise ValueError(f"it cannot be read: {e}") from None
+        if problem := state.problem():
+            raise ValueError(f"it is none that a device can be in: {problem}")
+        with self._lock:
+            if self.identity is None:
+                raise ValueError("its sidecar has not said what it is")
+            if problem := self._unlike(state, self.identity):
+                raise ValueError(problem)
+            self.status = Status(state.status)
+            self.driver_features = state.driver_features
+            self.features_sel, self.driver_features_sel = state.features_sel, state.driver_features_sel
+            self.queue_sel = state.queue_sel
+            self.queues = [Queue(q.max_size, q.size, q.ready, q.desc, q.driver, q.device) for q in state.queues]
+            self.config_generation = state.config_generation
+            if state.config != self._config:
+                # A disk or NIC bound to something else. The generation tells a driver that reads right now; that it
+                # has changed at all, the interrupt.
+                self.config_generation = (self.config_generation + 1) & 0xFFFF_FFFF
+            changed = state.config != self._config and bool(self.status & Status.DRIVER_OK)
+            self._interrupts.restore(state.interrupts | (CONFIG_CHANGED if changed else 0))
+            self._set_doorbells(list(self.running_queues()))
+
+    @staticmethod
+    def _unlike(state: DeviceState, identity: Identity) -> str | None:
+        """Why a device of this identity cannot go on from ``state``, or None."""
+        if state.virtio_type != identity.virtio_type:
+            return f"it is of virtio device type {state.virtio_type}, the sidecar's is {identity.virtio_type}"
+        sizes = tuple(q.max_size for q in state.queues)
+        if sizes != identity.queue_sizes:
+            return f"its queues have sizes {list(sizes)}, the sidecar's {list(identity.queue_sizes)}"
+        if len(state.config) != len(identity.config):
+            return f"it has {len(state.config)} bytes of configuration space, the sidecar's {len(identity.config)}"
+        # Features are the sidecar's to judge when it is activated: a NIC bound to another backend offers others, and
+        # may yet do in software what its driver was promised.
+        if state.status & Status.DRIVER_OK:
+            for index, q in enumerate(state.queues):
+                problem = Queue(q.max_size, q.size, q.ready, q.desc, q.driver, q.device).problem()
+                if q.ready and problem:
+                    return f"queue {index}: {problem}"
+        return None
+
+    def raise_again(self) -> None:
+        """Interrupts the driver once more for what it has not acknowledged."""
+        self._interrupts.raise_again()
+
+    def running_queues(self) -> dict[int, Queue]:
+        """The queues that the driver handed over, by index; empty before DRIVER_OK."""
+        with self._lock:
+            return {i: q for i, q in enumerate(self.queues) if q.ready} if self.status & Status.DRIVER_OK else {}
 
     # What the sidecar does, by way of the main thread.
 

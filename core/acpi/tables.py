@@ -17,6 +17,10 @@ from motorcade.core.layout import GED_GSI, RTC_PORT, UART_GSI, UART_PORT, VIRTIO
 IOAPIC_BASE = 0xFEC00000
 LAPIC_BASE = 0xFEE00000
 
+GENERATION_ID = 0x40
+"""Where the 16 bytes of the VM generation ID are, from the RSDP on; DSDT's VGEN says it to the guest."""
+
+_TABLES = 0x80  # from the RSDP on
 _OEM = b"MOTORC"
 _OEM_TABLE = b"MOTORCAD"
 _CREATOR = b"MTRC"
@@ -28,13 +32,14 @@ MemoryWrite = Callable[[int, bytes], None]
 def build(memory_write: MemoryWrite, base_gpa: int, cpus: int, slots: Sequence[tuple[int, int]], uart: bool) -> int:
     """Writes the tables from ``base_gpa`` on and gives the address of the RSDP, which is ``base_gpa`` itself.
 
+    The VM generation ID at ``base_gpa + GENERATION_ID`` is the caller's to write.
     ``base_gpa`` is a multiple of 16 in the firmware area (0xe0000 to 1 MiB). ``slots`` are the virtio-mmio slots
     with the GSI of each. vCPU n has APIC id n. ``uart``: whether there is a 16550. ValueError where the tables do
     not fit.
     """
     if base_gpa % 16:
         raise ValueError(f"the RSDP cannot be at {base_gpa:#x}: not a multiple of 16")
-    at = base_gpa + 64  # the RSDP comes first, where a search from 0xe0000 finds it at once
+    at = base_gpa + _TABLES  # the RSDP comes first, where a search from 0xe0000 finds it at once
     tables: list[tuple[int, bytes]] = []
 
     def place(data: bytes) -> int:
@@ -44,7 +49,7 @@ def build(memory_write: MemoryWrite, base_gpa: int, cpus: int, slots: Sequence[t
         at = (at + len(data) + 63) & ~63
         return address
 
-    dsdt_at = place(_table(b"DSDT", 2, dsdt(cpus, slots, uart)))
+    dsdt_at = place(_table(b"DSDT", 2, dsdt(cpus, slots, uart, base_gpa + GENERATION_ID)))
     fadt_at = place(_table(b"FACP", 6, _fadt(dsdt_at)))
     madt_at = place(_table(b"APIC", 5, _madt(cpus)))
     xsdt_at = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt_at, madt_at)))
@@ -125,14 +130,14 @@ def _madt(cpus: int) -> bytes:
     return body
 
 
-def dsdt(cpus: int, slots: Sequence[tuple[int, int]], uart: bool) -> bytes:
-    """The definition block of the DSDT, without its header."""
+def dsdt(cpus: int, slots: Sequence[tuple[int, int]], uart: bool, generation_id: int) -> bytes:
+    """The definition block of the DSDT, without its header. ``generation_id``: the address of the 16 bytes."""
     users = Counter(gsi for _, gsi in slots)
     devices = [_cpu(n) for n in range(cpus)]
     devices += [_virtio_mmio(slot, gsi, shared=users[gsi] > 1) for slot, gsi in slots]
     if uart:
         devices.append(_uart())
-    devices += [_rtc(), _power_button(), _motherboard(), _event_device()]
+    devices += [_rtc(), _power_button(), _motherboard(), _generation(generation_id), _event_device()]
     # \_S5: soft-off is entered by writing this value to SLP_TYP of the sleep control register (section 7.4.2).
     return aml.scope("\\_SB", *devices) + aml.name(
         "\\_S5", aml.package(aml.integer(pm.SLEEP_TYPE_S5), aml.ZERO, aml.ZERO, aml.ZERO)
@@ -191,11 +196,20 @@ def _motherboard() -> bytes:
     )
 
 
-def _event_device() -> bytes:
-    """The Generic Event Device (section 5.6.9): one interrupt, and a register that says what it was about.
+def _generation(address: int) -> bytes:
+    """The VM generation ID (Microsoft, "Virtual Machine Generation ID"): drivers match the compatible id."""
+    low, high = address & 0xFFFF_FFFF, address >> 32
+    return aml.device(
+        "VGEN",
+        aml.name("_HID", aml.string("MTRC0001")),
+        aml.name("_CID", aml.string("VM_Gen_Counter")),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name("ADDR", aml.package(aml.integer(low), aml.integer(high))),
+    )
 
-    VMGENID will add its bit beside EVENT_POWER_BUTTON, and a device to notify.
-    """
+
+def _event_device() -> bytes:
+    """The Generic Event Device (section 5.6.9): one interrupt, and a register that says what it was about."""
     return aml.device(
         "GED",
         aml.name("_HID", aml.string("ACPI0013")),
@@ -208,6 +222,7 @@ def _event_device() -> bytes:
             1,
             aml.store(aml.name_string("ESTS"), aml.LOCAL0),  # reading clears it: read once
             aml.if_(aml.bit_and(aml.LOCAL0, aml.integer(pm.EVENT_POWER_BUTTON)), aml.notify("\\_SB.PWRB", 0x80)),
+            aml.if_(aml.bit_and(aml.LOCAL0, aml.integer(pm.EVENT_GENERATION)), aml.notify("\\_SB.VGEN", 0x80)),
             serialized=True,
         ),
     )

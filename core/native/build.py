@@ -16,8 +16,11 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SIDECARS = ROOT / "sidecars" / "native"  # virtqueue.h says what is shared with them; the sandbox is everybody's
-PARTS = {"kvm": HERE, "uart": HERE, "vcpu": HERE, "sandbox": SIDECARS}
+SIDECARS = ROOT / "sidecars" / "native"  # virtqueue.h says what is shared with them; what else it has is everybody's
+PARTS = {
+    **dict.fromkeys(("kvm", "uart", "vcpu", "ramwriter", "dump"), HERE),
+    **dict.fromkeys(("sandbox", "uffd", "crc32c"), SIDECARS),
+}
 
 
 def builder(relative_to: Path | None = ROOT) -> FFI:

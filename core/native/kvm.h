@@ -32,6 +32,9 @@ enum {
 enum {
 	MC_APIC_LVT_LINT0 = 0x350,
 	MC_APIC_LVT_LINT1 = 0x360,
+	MC_APIC_TMICT = 0x380,	/* timer: initial count */
+	MC_APIC_TMCCT = 0x390,	/* current count */
+	MC_APIC_TDCR = 0x3e0,	/* divide configuration */
 };
 
 #endif

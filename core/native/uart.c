@@ -64,10 +64,15 @@ static uint8_t interrupt_id(const struct mc_uart *u)
 	return UART_IIR_NO_INT;
 }
 
+/* On a PC the interrupt output reaches the controller through OUT2. */
+static bool irq_output(const struct mc_uart *u)
+{
+	return interrupt_id(u) != UART_IIR_NO_INT && (u->regs.mcr & UART_MCR_OUT2);
+}
+
 static void update_irq(struct mc_uart *u)
 {
-	/* On a PC the interrupt output reaches the controller through OUT2. */
-	bool level = interrupt_id(u) != UART_IIR_NO_INT && (u->regs.mcr & UART_MCR_OUT2);
+	bool level = irq_output(u);
 
 	if (level == u->irq_level)
 		return;
@@ -421,10 +426,10 @@ void mc_uart_attach(struct mc_uart *u, struct mc_uart_ring *ring, int tx_event, 
 		/* A peer that lied about them loses its own bytes, nothing else. */
 		u->tx_head = __atomic_load_n(&ring->tx.head, __ATOMIC_ACQUIRE);
 		u->rx_tail = __atomic_load_n(&ring->rx.tail, __ATOMIC_ACQUIRE);
+	} else {
+		tx_drain(u);
+		update_irq(u);
 	}
-	tx_drain(u);
-	rx_fill(u);
-	update_irq(u);
 	pthread_mutex_unlock(&u->lock);
 }
 
@@ -455,6 +460,9 @@ void mc_uart_save(struct mc_uart *u, struct mc_uart_regs *regs)
 {
 	pthread_mutex_lock(&u->lock);
 	*regs = u->regs;
+	/* What the FIFOs held before is nobody's state: equal machines have equal snapshots. */
+	memset(regs->rx + regs->rx_len, 0, sizeof(regs->rx) - regs->rx_len);
+	memset(regs->tx + regs->tx_len, 0, sizeof(regs->tx) - regs->tx_len);
 	pthread_mutex_unlock(&u->lock);
 }
 
@@ -466,9 +474,7 @@ int mc_uart_restore(struct mc_uart *u, const struct mc_uart_regs *regs)
 		return -EINVAL;
 	pthread_mutex_lock(&u->lock);
 	u->regs = *regs;
-	tx_drain(u);
-	rx_fill(u);
-	update_irq(u);
+	u->irq_level = irq_output(u);
 	pthread_mutex_unlock(&u->lock);
 	return 0;
 }

@@ -54,10 +54,13 @@ int mc_uart_init(struct mc_uart *uart, int vm_fd, uint32_t gsi);
 void mc_uart_deinit(struct mc_uart *uart);
 
 /* Puts a ring behind the UART, or takes it away (NULL): bytes are then discarded and counted. Positions go on from
- * where the ring stands. The caller keeps the mapping and the eventfds until the next call. */
+ * where the ring stands; no byte moves before mc_uart_poll(), which must follow before the guest runs. The caller keeps the
+ * mapping and the eventfds until the next call. */
 void mc_uart_attach(struct mc_uart *uart, struct mc_uart_ring *ring, int tx_event, int rx_event);
 
-/* What the sidecar's signal (rx_event readable) asks for: take bytes in, and send what waited for room. */
+/* What the sidecar's signal (rx_event readable) asks for: take bytes in, and send what waited for room. Not called between
+ * the sidecar's quiesce and its resume, with the vCPUs parked: each byte is then in exactly one of what mc_uart_save() gives
+ * and what the sidecar saves. */
 void mc_uart_poll(struct mc_uart *uart);
 
 /* Power-on state; the ring and its bytes stay. */
@@ -67,7 +70,8 @@ void mc_uart_reset(struct mc_uart *uart);
 uint8_t mc_uart_read(struct mc_uart *uart, uint32_t offset);
 void mc_uart_write(struct mc_uart *uart, uint32_t offset, uint8_t value);
 
-/* Copies the registers out, or in (validated and masked; the interrupt line follows). */
+/* Copies the registers out, or in (validated). Restoring moves no byte and leaves the interrupt line as it was saved, since
+ * the irqchip that is restored beside it has it so; mc_uart_poll() goes on from there. Returns 0 or -EINVAL. */
 void mc_uart_save(struct mc_uart *uart, struct mc_uart_regs *regs);
 int mc_uart_restore(struct mc_uart *uart, const struct mc_uart_regs *regs);
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import selectors
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from motorcade.core.qmp.descriptors import Received
 from motorcade.core.qmp.errors import QmpError
 from motorcade.core.qmp.parser import Bad, Splitter
 from motorcade.core.qmp.registry import Context, Deferred, Then
@@ -74,7 +76,8 @@ class Client:
     ) -> None:
         self._sock = sock
         self._selector = selector
-        self._context = context
+        self._received = Received()
+        self._context = dataclasses.replace(context, received=self._received)
         self._closed = closed
         self._mask = 0  # what the selector watches for us
         self._splitter = Splitter()
@@ -117,6 +120,7 @@ class Client:
         self.open = False
         self._watch(0)
         self._sock.close()
+        self._received.close()
         self._closed(self)
 
     def fileno(self) -> int:
@@ -139,7 +143,7 @@ class Client:
 
     def _read(self) -> None:
         try:
-            data = self._sock.recv(READ)
+            data = self._received.read(self._sock, READ)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as e:
@@ -161,6 +165,8 @@ class Client:
                 self._execute(self._input.popleft())
         finally:
             self._running = False
+        if not self._input and not self._splitter.pending:
+            self._received.close()  # no request that they came with is left
         if self.open and self._eof and not self._input and not self._busy and not self._output:
             self.close()
         self._update()

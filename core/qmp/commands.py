@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 
 from motorcade import __version__
@@ -318,6 +320,24 @@ def system_powerdown(ctx: Context, _args: NoArguments) -> Empty:
 @command("quit", arguments=NoArguments)
 def quit_(ctx: Context, _args: NoArguments) -> Then:
     return Then(Empty(), lambda: ctx.machine.quit("host-qmp-quit"))
+
+
+class DescriptorName(Arguments, frozen=True):
+    """Of getfd and closefd."""
+
+    fdname: str
+
+
+@command("getfd", arguments=DescriptorName)
+def getfd(ctx: Context, args: DescriptorName) -> Empty:
+    ctx.descriptors.add(args.fdname, ctx.received)
+    return Empty()
+
+
+@command("closefd", arguments=DescriptorName)
+def closefd(ctx: Context, args: DescriptorName) -> Empty:
+    os.close(ctx.descriptors.take(args.fdname))
+    return Empty()
 
 
 class SidecarInfo(Result, frozen=True):

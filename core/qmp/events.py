@@ -11,6 +11,8 @@ EVENTS: Mapping[str, frozenset[str]] = {
     "RESET": frozenset({"guest", "reason"}),
     "POWERDOWN": frozenset(),
     "SHUTDOWN": frozenset({"guest", "reason"}),
+    "MIGRATION": frozenset({"status"}),
+    "DUMP_COMPLETED": frozenset({"result"}),
     "SIDECAR_EXITED": frozenset({"id", "kind", "reason"}),
     "SIDECAR_FAILED": frozenset({"id", "kind", "reason"}),
 }

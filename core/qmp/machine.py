@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from motorcade.core.qmp.errors import QmpError
+    from motorcade.core.snapshot.plan import Plan, Report
     from motorcade.proto.messages import StatsReport
 
 
@@ -18,7 +20,8 @@ class RunState(enum.StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
     INMIGRATE = "inmigrate"
-    POSTMIGRATE = "postmigrate"
+    FINISH_MIGRATE = "finish-migrate"  # stopped for a moment, for a snapshot
+    POSTMIGRATE = "postmigrate"  # stopped, and a snapshot was taken of it
     SHUTDOWN = "shutdown"
     INTERNAL_ERROR = "internal-error"
 
@@ -108,6 +111,29 @@ class MachineControl(Protocol):
 
     def quit(self, reason: str) -> None:
         """Ends the VM, flushing its disks. Event SHUTDOWN with ``reason``."""
+
+    def snapshot(self, plan: Plan, then: Callable[[Report], None] | None = None) -> None:
+        """Begins a snapshot, which goes on by itself: ``snapshot_report``, events MIGRATION. Takes ``plan.given``,
+        unless it raises. ``then`` is called once, at its end."""
+
+    def cancel_snapshot(self) -> None:
+        """Ends the snapshot at hand, if any."""
+
+    @property
+    def snapshot_report(self) -> Report:
+        """How the present snapshot, or the last, is going; without dumps and states of devices."""
+
+    @property
+    def dump_report(self) -> Report:
+        """How the present dump, or the last, is going."""
+
+    def migrate_incoming(self, uri: str, done: Callable[[QmpError | None], None], given: int = -1) -> None:
+        """Names the template to a machine that was started to wait for one. ``done`` is called once, with None when
+        there is one there; what comes of it shows in ``run_state``. ``given``: as of ``load_devices``."""
+
+    def load_devices(self, uri: str, given: int, done: Callable[[QmpError | None], None]) -> None:
+        """Puts the state of devices at ``uri`` into the machine, which is stopped. ``given``: the descriptor that it
+        stands for, or -1; taken, unless this raises. ``done`` is called once."""
 
     def block_devices(self) -> Sequence[BlockDevice]:
         """The disks in slot order."""

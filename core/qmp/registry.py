@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import msgspec
 
+from motorcade.core.qmp.descriptors import Named, Received
 from motorcade.core.qmp.errors import CommandNotFound, QmpError
 from motorcade.core.qmp.machine import MachineControl, RunState
 
@@ -67,6 +69,12 @@ class Context:
 
     machine: MachineControl
     registry: Registry
+    capabilities: set[str] = field(default_factory=set)
+    """Of migration, which are the machine's and not the connection's."""
+    descriptors: Named = field(default_factory=Named)
+    received: Received = field(default_factory=Received)
+    """What came with the request: this alone is the connection's."""
+    now: Callable[[], float] = time.monotonic
 
 
 _A = TypeVar("_A", bound=Arguments)

@@ -17,13 +17,15 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from motorcade.core.qmp import commands, events
+from motorcade.core.qmp import commands, devices, dump, events, migration
 from motorcade.core.qmp.client import Client
 from motorcade.core.qmp.machine import MachineControl
 from motorcade.core.qmp.registry import Context, registry
 
 log = logging.getLogger(__name__)
 
+COMMANDS = (commands, devices, dump, migration)
+"""Imported, their commands are defined."""
 MAX_CLIENTS = 64
 HOLD_SECONDS = 2.0
 """How long events wait for a silent client's first words; see Client.send_event."""
@@ -92,6 +94,7 @@ class QmpServer:
         self._drain(time.monotonic() + CLOSE_SECONDS)
         for client in list(self._clients):
             client.close()
+        self._context.descriptors.close()
         os.close(self._spare)
 
     def _accept(self, listener: socket.socket) -> None:

@@ -1,0 +1,53 @@
+"""What QMP is told about a machine's devices: from what the supervisor said of them, and their sidecars."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from motorcade.core.platform import NO_SLOT, PAGER, Platform
+from motorcade.core.qmp import machine as qmp
+from motorcade.proto import messages
+
+
+def block_devices(platform: Platform) -> Sequence[qmp.BlockDevice]:
+    """The disks in slot order."""
+    return [_block_device(platform, slot) for slot in platform.slots if slot.kind == "blk"]
+
+
+def _block_device(platform: Platform, slot: messages.Slot) -> qmp.BlockDevice:
+    info = json.loads(slot.info)
+    identity = platform.devices[slot.device_id].identity
+    # Configuration space begins with the capacity in sectors of 512 bytes (virtio 1.2, 5.2.4).
+    capacity = int.from_bytes(identity.config[:8], "little") * 512 if identity else 0
+    return qmp.BlockDevice(
+        device_id=slot.device_id,
+        filename=info["file"],
+        driver=info["driver"],
+        size=capacity,
+        readonly=info["ro"],
+        direct=info["direct"],
+        backing=info["backing-file"] or "",
+    )
+
+
+def char_devices(platform: Platform) -> Sequence[qmp.CharDevice]:
+    """The consoles, the 16550's first."""
+    serial = [slot for slot in platform.slots if slot.kind == "serial"]
+    serial.sort(key=lambda slot: (slot.index != NO_SLOT, slot.index))
+    infos = [json.loads(slot.info) for slot in serial]
+    return [qmp.CharDevice(i["label"], i["filename"], i["frontend-open"]) for i in infos]
+
+
+def sidecars(platform: Platform) -> Sequence[qmp.Sidecar]:
+    """The backend processes in slot order, and the pager."""
+    return [
+        qmp.Sidecar(
+            slot.device_id,
+            slot.kind,
+            slot.pid,
+            platform.links[slot.device_id].state.value,
+            None if slot.index == NO_SLOT else slot.index,
+        )
+        for slot in sorted(platform.slots, key=lambda slot: slot.kind == PAGER)
+    ]

@@ -1,0 +1,80 @@
+"""Guest memory for debuggers, by QEMU's commands (qapi/dump.json)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from motorcade.core.qmp.errors import QmpError
+from motorcade.core.qmp.migration import MACHINE_IS_THERE, failure, finished, given, start
+from motorcade.core.qmp.registry import Arguments, Context, Deferred, Empty, NoArguments, Result, command
+from motorcade.core.snapshot.plan import Plan, Report, Status
+
+FORMATS = ("elf",)
+
+
+class DumpGuestMemory(Arguments, frozen=True):
+    """Of dump-guest-memory. ``protocol``: ``file:PATH``, absolute, or ``fd:NAME``."""
+
+    protocol: str
+    paging: bool
+    detach: bool = False
+    begin: int | None = None
+    length: int | None = None
+    format: str = "elf"
+
+
+@command("dump-guest-memory", arguments=DumpGuestMemory, states=MACHINE_IS_THERE)
+def dump_guest_memory(ctx: Context, args: DumpGuestMemory) -> Empty | Deferred:
+    scheme, _, rest = args.protocol.partition(":")
+    if scheme not in ("file", "fd") or not rest:
+        raise QmpError(f"'{args.protocol}' is no place for a dump: file:PATH or fd:NAME")
+    if args.paging:
+        raise QmpError("Parameter 'paging' must be false: the dump has guest physical addresses")
+    if args.begin is not None or args.length is not None:
+        raise QmpError("Parameters 'begin' and 'length' are not supported: all of memory is dumped")
+    if args.format not in FORMATS:
+        raise QmpError(f"Parameter 'format' is not supported with '{args.format}'; there is: {', '.join(FORMATS)}")
+    plan = Plan(args.protocol, what="dump", given=given(ctx, args.protocol))
+    if not args.detach:
+        return finished(ctx, plan)
+    start(ctx, plan)
+    return Empty()
+
+
+def completed(report: Report) -> Mapping[str, object]:
+    """What the event DUMP_COMPLETED says."""
+    data: dict[str, object] = {"result": msgspec.to_builtins(_info(report))}
+    if report.status is not Status.COMPLETED:
+        data["error"] = failure(report).desc
+    return data
+
+
+class DumpInfo(Result, frozen=True, omit_defaults=False):
+    """Of query-dump. Bytes of RAM."""
+
+    status: str
+    completed: int
+    total: int
+
+
+def _info(report: Report) -> DumpInfo:
+    names = {Status.NONE: "none", Status.COMPLETED: "completed", Status.FAILED: "failed", Status.CANCELLED: "failed"}
+    return DumpInfo(names.get(report.status, "active"), report.ram_total - report.ram_remaining, report.ram_total)
+
+
+@command("query-dump", arguments=NoArguments, returns=DumpInfo)
+def query_dump(ctx: Context, _args: NoArguments) -> DumpInfo:
+    return _info(ctx.machine.dump_report)
+
+
+class DumpCapability(Result, frozen=True):
+    """Of query-dump-guest-memory-capability."""
+
+    formats: list[str]
+
+
+@command("query-dump-guest-memory-capability", arguments=NoArguments, returns=DumpCapability)
+def query_dump_guest_memory_capability(_ctx: Context, _args: NoArguments) -> DumpCapability:
+    return DumpCapability(list(FORMATS))

@@ -1,0 +1,1 @@
+"""Freezing a running machine into a template, and going on from one."""
