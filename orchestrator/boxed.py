@@ -29,7 +29,8 @@ from motorcade.orchestrator.box.vm import Box, ensure_box
 from motorcade.orchestrator.config import devices
 from motorcade.orchestrator.disks import lock_image
 from motorcade.orchestrator.errors import EXIT_ERROR, UserError
-from motorcade.orchestrator.machine import Console, Disk, Machine, Net, To
+from motorcade.orchestrator.frozendisks import Incoming
+from motorcade.orchestrator.machine import Console, Disk, Kit, Machine, Net, To, encode
 from motorcade.orchestrator.resources import unpacked_kernel
 from motorcade.orchestrator.rundir import RunDir, process_start
 from motorcade.orchestrator.spawn import die_with
@@ -41,12 +42,18 @@ _OURS = ("/", "/dev", "/proc", "/sys", "/run", "/tmp", "/etc", "/usr", "/var", "
 _END_TIMEOUT = 30.0  # seconds; everything in the box is slower
 
 
-def inside(machine: Machine) -> dict[str, Any]:
-    """The machine as the box gets it: the same, with its sockets where ssh can reach them."""
-    data: dict[str, Any] = msgspec.to_builtins(machine, enc_hook=str)
+def inside(machine: Machine, incoming: Incoming | None = None) -> dict[str, Any]:
+    """The machine as the box gets it: the same, with its sockets where ssh can reach them. Frozen disks are as they
+    were when the template was made, or have an overlay with a name."""
+    if machine.memory_file is not None:
+        raise UserError("memory_file is not possible in the box, whose memory is not the host's")
+    data: dict[str, Any] = msgspec.to_builtins(machine, enc_hook=encode)
     data |= {"accel": "kvm", "qmp": []}
     for net, plain in zip(machine.nets, data["nets"], strict=True):
         plain["mac"] = str(net.mac)
+    for restored in incoming.disks if incoming is not None else []:
+        if restored.overlay is not None:
+            next(disk for disk in data["disks"] if disk["id"] == restored.disk.id)["overlay"] = restored.overlay
     for console, plain in zip(machine.consoles, data["consoles"], strict=True):
         if isinstance(console.backend, To) and console.backend.socket:
             plain["backend"] = {"socket": str(_backend_socket(machine, console))}
@@ -77,20 +84,35 @@ def forwards(machine: Machine, run_dir: Path) -> list[str]:
     return [f"{here}:{target}" for here, target in pairs]
 
 
-def shares(machine: Machine) -> list[Path]:
+def arguments(incoming: Incoming) -> list[str]:
+    """What `vmmctl up` in the box is told of the template. Errors: UserError."""
+    if not incoming.template:
+        raise UserError("--incoming defer is not possible in the box; name the template at the start")
+    if not Path(incoming.template).is_dir():
+        raise UserError("in the box a machine goes on from a template only, not from a checkpoint or a state")
+    given = incoming.generation_id.hex()
+    return ["--incoming", f"file:{incoming.template}", *(["--generation-id", given] if given else ["--same-id"])]
+
+
+def shares(machine: Machine, incoming: Incoming | None = None) -> list[Path]:
     """Folders that the VM reads or writes, shared with the box so that it sees them as they are now. A file in a folder
     of the system's is shared alone. Errors: UserError for what the box cannot have."""
     paths = [machine.kernel.image, machine.kernel.initrd]
+    frozen = {restored.disk.id: restored for restored in incoming.disks} if incoming is not None else {}
+    if incoming is not None:
+        paths += [f"{incoming.template}/state", *incoming.memory]
     for _, part in devices(machine):
-        if isinstance(part, Disk):
+        if restored := frozen.get(part.id):
+            paths += [*map(restored.path, restored.disk.files), restored.overlay]
+        elif isinstance(part, Disk):
             if Path(part.path).is_block_device():
                 raise UserError(f"disk {part.id}: {part.path}: a block device of the host cannot be used in the box")
-            paths += [part.path, str(part.overlay) if part.overlay else None]
+            paths += [part.path, *part.layers, str(part.overlay) if part.overlay else None]
         elif isinstance(part, Net):
             if any(rule.startswith("udp:") for rule in part.forward):
                 raise UserError(f"net {part.id}: UDP ports cannot be forwarded into the box")
             paths += [part.capture, part.link and f"{part.link}/x"]
-        elif isinstance(part.backend, To):
+        elif isinstance(part, Console) and isinstance(part.backend, To):
             paths.append(part.backend.file)
     chosen: list[Path] = []
     for path in paths:
@@ -105,13 +127,24 @@ def shares(machine: Machine) -> list[Path]:
 class BoxedVm:
     """Stands for a VM in the box. ``run`` is its whole life."""
 
-    def __init__(self, machine: Machine, run: RunDir, line: socket.socket, *, config: str, paused: bool) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        run: RunDir,
+        line: socket.socket,
+        *,
+        config: str,
+        paused: bool,
+        incoming: Incoming | None = None,
+    ) -> None:
         """Owns ``run`` and ``line``."""
         self.machine, self.run_dir, self.line, self.config, self.paused = machine, run, line, config, paused
+        self.incoming = incoming
         self.status, self.started = "starting", time.time()
         self.attached = True
         self.processes: list[dict[str, Any]] = []
         self.locks: list[dict[str, Any]] = []
+        self.shares: list[Path] = []
         self.last: dict[str, Any] | None = None  # how it ended, or why it did not come to run
         self.selector = selectors.DefaultSelector()
         self.output = b""
@@ -121,8 +154,11 @@ class BoxedVm:
         try:
             self.write_state()
             self.lock_images()
-            # Here, where it takes a tenth of the time, and is kept longer than the box.
-            self.machine.kernel.image = str(unpacked_kernel(self.machine.kernel.image))
+            self.told = arguments(self.incoming) if self.incoming is not None else []
+            self.shares = shares(self.machine, self.incoming)
+            if self.incoming is None:
+                # Here, where it takes a tenth of the time, and is kept longer than the box.
+                self.machine.kernel.image = str(unpacked_kernel(self.machine.kernel.image))
             box = ensure_box(lambda text: self.tell(event="progress", text=text))
             self.serve(box)
         except UserError as e:
@@ -134,7 +170,12 @@ class BoxedVm:
 
     def lock_images(self) -> None:
         """Against VMs out here: the box's kernel and this one do not know each other's locks."""
+        frozen = {r.disk.id: r for r in self.incoming.disks} if self.incoming is not None else {}
         for disk in self.machine.disks:
+            if restored := frozen.get(disk.id):
+                for file in restored.disk.files:
+                    self.locks.append(lock_image(disk, restored.path(file), exclusive=False))
+                continue
             self.locks.append(lock_image(disk, disk.path, exclusive=not (disk.readonly or disk.overlay)))
             if disk.overlay and Path(str(disk.overlay)).exists():
                 self.locks.append(lock_image(disk, str(disk.overlay), exclusive=True))
@@ -145,13 +186,14 @@ class BoxedVm:
         run_id = uuid.uuid4().hex[:12]
         argv = [sys.executable, "-m", "motorcade.orchestrator.cli", "up", "--report", "-"]
         argv += ["--paused"] if self.paused else []
+        argv += self.told
         checkout = Path(__file__).resolve().parents[1]
         command = remote_command(
             run_id,
             argv,
             cwd=Path("/"),
             env={**carried_environment(), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            shares=shares(self.machine),
+            shares=self.shares,
             fresh=[working_tree(checkout)],
         )
         options = ["-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes", "-o", "StreamLocalBindMask=0177"]
@@ -168,7 +210,7 @@ class BoxedVm:
         try:
             assert ssh.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # then ssh has failed, and says why in the log
-                ssh.stdin.write(json.dumps(inside(self.machine)).encode())
+                ssh.stdin.write(json.dumps(inside(self.machine, self.incoming)).encode())
                 ssh.stdin.close()
             self.loop(ssh)
         finally:
@@ -283,6 +325,7 @@ class BoxedVm:
         """As of any VM; see vmstate.py."""
         machine, last = self.machine, self.last
         kinds = {Disk: "blk", Net: "net", Console: "serial"}
+        kind = {d.id: d.kind if isinstance(d, Kit) else kinds[type(d)] for _, d in devices(machine)}
         consoles = [c for c in machine.consoles if c.backend == "terminal"] or machine.consoles
         state: dict[str, Any] = {
             "name": machine.name,
@@ -295,10 +338,11 @@ class BoxedVm:
             "accel": "box",
             "machine": {"cpus": machine.cpus, "memory": int(machine.memory), "kernel": machine.kernel.image},
             "processes": self.processes,
-            "devices": [{"id": d.id, "kind": kinds[type(d)], "slot": None, "backend": ""} for _, d in devices(machine)],
+            "devices": [{"id": d.id, "kind": kind[d.id], "slot": None, "backend": ""} for _, d in devices(machine)],
             "console": consoles[0].id if consoles else None,
             "qmp": [f"unix:{self.run_dir.path / 'qmp.sock'}", *machine.qmp],
             "locks": self.locks,
+            "shares": [str(path) for path in self.shares],
         }
         if last is not None:
             reason = last.get("reason", "start-failed")

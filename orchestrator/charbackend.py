@@ -108,7 +108,7 @@ def open_socket(path: Path) -> CharBackend:
                     raise
                 _remove_stale(path)
                 sock.bind(os.fspath(path))
-            sock.listen(16)
+            sock.listen(128)
             return CharBackend(sock.detach(), str(path), [(path, _identity(path))])
         except OSError as e:
             raise CharBackendError(f"{path}: {e.strerror}") from e

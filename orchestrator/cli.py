@@ -11,15 +11,22 @@ from collections.abc import Sequence
 from motorcade import __version__
 from motorcade.orchestrator.commands import (
     box,
+    clone,
     console,
     doctor,
     down,
+    dump,
     logs,
     ps,
     qmp,
+    restore,
+    save,
     schema,
     sidecar,
+    snapshot,
+    template,
     up,
+    zygote,
 )
 from motorcade.orchestrator.errors import EXIT_ERROR, EXIT_OK, UserError
 
@@ -32,6 +39,8 @@ examples:
   vmmctl console web                  attach again, and see what was missed
   vmmctl qmp web query-status         one QMP command
   vmmctl down web                     press the power button, and wait
+  vmmctl snapshot web /templates/web  freeze it into a template
+  vmmctl clone /templates/web -n 10   ten VMs that go on from there
 
 exit status: 0 the guest powered off, or the command did its work; 1 an error; 2 the command line or
 machine.yaml is wrong; 3 no such VM; 4 the guest did not do in time what it was asked to.
@@ -52,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"vmmctl {__version__}")
     top.add_argument("--debug", action="store_true", help="on an error, show where in the code it happened")
     commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (up, down, ps, console, logs, qmp, sidecar, schema, doctor, box):
+    daily = (up, snapshot, clone, template, save, restore, dump, down, ps, console, logs)
+    for module in (*daily, qmp, sidecar, schema, doctor, box, zygote):
         module.add_parser(commands)
     return top
 

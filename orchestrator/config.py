@@ -23,6 +23,7 @@ from motorcade.orchestrator.machine import (
     MAX_VIRTIO_CONSOLES,
     Console,
     Disk,
+    Kit,
     Machine,
     Net,
     To,
@@ -31,6 +32,8 @@ from motorcade.orchestrator.machine import (
     stable_mac,
 )
 
+MAX_OPTIONS = 16 << 10  # bytes of JSON (KitBoot)
+PAGER_ID = "pager"  # on the control plane (proto/messages.py)
 _UUID_SPACE = uuid_module.UUID("7b0c6d5e-52a6-5f0b-9b35-6d6f746f7263")  # our own, for UUIDs made from names
 _FORWARD = re.compile(r"(?:(tcp|udp):)?(?:([0-9.]+|\[[0-9a-fA-F:]+\]):)?([0-9]{1,5}):([0-9]{1,5})")
 
@@ -115,6 +118,18 @@ def load(path: str | os.PathLike[str], *, name: str | None = None, accel: str | 
     return machine, source
 
 
+def machine_of_template(description: str, path: Path) -> tuple[Machine, Source]:
+    """The machine that a template in ``path`` describes: what ``load`` gave when it was made. Errors: ConfigError."""
+    source = Source(path, yamlpos.Document(None, {}))
+    try:
+        machine = msgspec.json.decode(description, type=Machine, strict=True, dec_hook=decode)
+    except (msgspec.ValidationError, msgspec.DecodeError) as e:
+        raise ConfigError([Problem(str(path), "", f"its machine is not one that this program knows: {e}")]) from None
+    _check(machine, source)
+    source.raise_problems()
+    return machine, source
+
+
 _KINDS = {
     "int": "a whole number",
     "float": "a number",
@@ -126,15 +141,16 @@ _KINDS = {
 }
 
 
-def _explain(error: str, data: object) -> tuple[yamlpos.Path, str]:
-    """msgspec's message as a path and words for a person who has never heard of msgspec."""
+def _explain(error: str, data: object, root: type = Machine) -> tuple[yamlpos.Path, str]:
+    """msgspec's message as a path and words for a person who has never heard of msgspec. ``root``: what ``data`` was to
+    be."""
     message, _, at = error.partition(" - at `$")
     path: yamlpos.Path = tuple(int(i) if i else k for i, k in re.findall(r"\[(\d+)\]|\.([^.\[`]+)", at))
     value = data
     for part in path:
         value = value[part]  # type: ignore[index]  # msgspec has walked this path before us
     if match := re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL):
-        known = _fields_at(path)
+        known = _fields_at(path, root)
         close = difflib.get_close_matches(match[1], known, 1)
         hint = f"; did you mean '{close[0]}'?" if close else f" (there are: {', '.join(known)})"
         return (*path, match[1]), f"unknown key{hint}"
@@ -157,15 +173,15 @@ def _explain(error: str, data: object) -> tuple[yamlpos.Path, str]:
         unit = "characters" if match[1] == "str" else "entries"
         return path, f"too {'short (the least' if match[2] == '>=' else 'long (the most'} is {match[3]} {unit})"
     if match := re.fullmatch(r"Invalid enum value (.*)", message):
-        return path, f"{shown(value)} is not one of {', '.join(_choices(path))}"
+        return path, f"{shown(value)} is not one of {', '.join(_choices(path, root))}"
     return path, message
 
 
-def _field_type(path: yamlpos.Path) -> object:
-    """The msgspec type node at ``path`` of a machine.yaml."""
+def _field_type(path: yamlpos.Path, root: type) -> object:
+    """The msgspec type node at ``path`` of a ``root``."""
     from msgspec import inspect
 
-    kind: object = inspect.type_info(Machine)
+    kind: object = inspect.type_info(root)
     for part in path:
         options = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
         for option in options:
@@ -180,27 +196,31 @@ def _field_type(path: yamlpos.Path) -> object:
     return kind
 
 
-def _fields_at(path: yamlpos.Path) -> list[str]:
+def _fields_at(path: yamlpos.Path, root: type) -> list[str]:
     from msgspec import inspect
 
-    kind = _field_type(path)
+    kind = _field_type(path, root)
     options = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
     return [f.encode_name for option in options if isinstance(option, inspect.StructType) for f in option.fields]
 
 
-def _choices(path: yamlpos.Path) -> list[str]:
+def _choices(path: yamlpos.Path, root: type) -> list[str]:
     from msgspec import inspect
 
-    kind = _field_type(path)
+    kind = _field_type(path, root)
     options = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
     words = [str(v) for option in options if isinstance(option, inspect.LiteralType) for v in option.values]
-    return words + [f"{{{name}: PATH}}" for name in (_fields_at(path) if len(options) > 1 else [])]
+    return words + [f"{{{name}: PATH}}" for name in (_fields_at(path, root) if len(options) > 1 else [])]
 
 
 def _check(machine: Machine, source: Source) -> None:
     """What types alone cannot say, and the host does not matter for."""
     if machine.memory < 1 << 20 or machine.memory % 4096:
         source.problem(("memory",), "RAM must be at least 1M and a multiple of 4096 bytes")
+    if machine.memory_file == "":
+        source.problem(("memory_file",), "empty")
+    if not machine.memory_share and machine.memory_file is None:
+        source.problem(("memory_share",), "false goes with a memory_file")
     if machine.uuid is not None:
         try:
             uuid_module.UUID(machine.uuid)
@@ -218,9 +238,16 @@ def _check(machine: Machine, source: Source) -> None:
             source.problem(("disks", i, "overlay"), "empty")
         if disk.overlay and disk.readonly:
             source.problem(("disks", i, "overlay"), "a read-only disk never writes to its overlay; drop one of the two")
+        if disk.layers and not disk.overlay:
+            source.problem(("disks", i, "layers"), "layers lie under an overlay; say overlay: true, or its path")
+        for k, layer in enumerate(disk.layers):
+            if not layer:
+                source.problem(("disks", i, "layers", k), "empty")
     for i, net in enumerate(machine.nets):
         _check_net(net, ("nets", i), source)
     _check_consoles(machine, source)
+    for i, kit in enumerate(machine.devices):
+        _check_kit(kit, ("devices", i), source)
     for i, address in enumerate(machine.qmp):
         if problem := qmp_address_problem(address):
             source.problem(("qmp", i), problem)
@@ -230,6 +257,10 @@ def _check_ids(machine: Machine, source: Source) -> None:
     first: dict[str, str] = {}
     macs: dict[bytes, str] = {}
     for path, part in devices(machine):
+        if part.id == PAGER_ID:
+            source.problem(
+                (*path, "id"), f"'{PAGER_ID}' is what fills the memory of a restored machine; choose another"
+            )
         if part.id in first:
             source.problem((*path, "id"), f"'{part.id}' is already the id of {first[part.id]}")
         first.setdefault(part.id, field_name(path))
@@ -240,20 +271,21 @@ def _check_ids(machine: Machine, source: Source) -> None:
             macs.setdefault(mac, field_name(path))
 
 
-def devices(machine: Machine) -> Iterator[tuple[yamlpos.Path, Disk | Net | Console]]:
+def devices(machine: Machine) -> Iterator[tuple[yamlpos.Path, Disk | Net | Console | Kit]]:
     """Every device with its place in machine.yaml."""
-    for section in ("disks", "nets", "consoles"):
+    for section in ("disks", "nets", "consoles", "devices"):
         for i, part in enumerate(getattr(machine, section)):
             yield (section, i), part
 
 
 def _check_net(net: Net, path: yamlpos.Path, source: Source) -> None:
-    chosen = [k for k, on in [("tap", net.tap is not None), ("user", net.user), ("link", net.link is not None)] if on]
+    given = {"tap": net.tap is not None, "user": net.user, "link": net.link is not None, "unplugged": net.unplugged}
+    chosen = [k for k, on in given.items() if on]
     if len(chosen) != 1:
-        source.problem(path, f"give exactly one of tap, user and link, not {' and '.join(chosen) or 'none'}")
+        source.problem(path, f"give exactly one of tap, user, link and unplugged, not {' and '.join(chosen) or 'none'}")
     if net.tap is not None and ("/" in net.tap or any(c.isspace() for c in net.tap)):
         source.problem((*path, "tap"), f"{shown(net.tap)} is not the name of an interface")
-    if net.queues > 1 and net.tap is None:
+    if net.queues > 1 and net.tap is None and not net.unplugged:
         source.problem((*path, "queues"), "only a tap has several queue pairs")
     if net.forward and not net.user:
         source.problem((*path, "forward"), "only 'user' networking forwards ports")
@@ -271,8 +303,9 @@ def _check_consoles(machine: Machine, source: Source) -> None:
         source.problem(("uart",), f"false, but consoles[{uarts[0]}] is a uart")
     if len(machine.consoles) - len(uarts) > MAX_VIRTIO_CONSOLES:
         source.problem(("consoles",), f"at most {MAX_VIRTIO_CONSOLES} virtio consoles")
-    if not uarts and machine.uart and any(c.id == "ttyS0" for c in machine.consoles):
-        source.problem(("consoles",), "the id ttyS0 is the serial port's; choose another (or set uart: false)")
+    taken = {path[0] for path, part in devices(machine) if part.id == "ttyS0"} if not uarts and machine.uart else set()
+    for section in sorted(map(str, taken)):
+        source.problem((section,), "the id ttyS0 is the serial port's; choose another (or set uart: false)")
     terminals = [i for i, c in enumerate(machine.consoles) if c.backend == "terminal"]
     for i in terminals[1:]:
         source.problem(("consoles", i, "backend"), f"consoles[{terminals[0]}] has the terminal already")
@@ -281,6 +314,30 @@ def _check_consoles(machine: Machine, source: Source) -> None:
             source.problem(("consoles", i, "backend"), "give exactly one of socket and file")
         if console.scrollback > 256 << 20:
             source.problem(("consoles", i, "scrollback"), "at most 256M")
+
+
+def _check_kit(kit: Kit, path: yamlpos.Path, source: Source) -> None:
+    """The kind is installed, and understands its options."""
+    from motorcade.sidecars import kinds
+
+    try:
+        options = kinds.find(kit.kind).Options
+    except kinds.UnknownKind as e:
+        source.problem((*path, "kind"), str(e))
+        return
+    try:
+        # As the sidecar will get them, or nearly: YAML has numbers that JSON has not.
+        data = msgspec.json.encode(kit.options)
+        msgspec.json.decode(data, type=options)
+    except (OverflowError, TypeError, ValueError) as e:
+        if not isinstance(e, msgspec.ValidationError):
+            source.problem(path, f"its options cannot be passed on: {e}")
+            return
+        where, message = _explain(str(e), kit.options, options)
+        source.problem((*path, *where), message)
+        return
+    if len(data) > MAX_OPTIONS:
+        source.problem(path, f"{len(data)} bytes of options are too many (the most is {MAX_OPTIONS})")
 
 
 def qmp_address_problem(address: str) -> str | None:
@@ -304,12 +361,15 @@ def _complete(machine: Machine, folder: Path) -> None:
     machine.kernel.image = absolute(machine.kernel.image)
     if machine.kernel.initrd is not None:
         machine.kernel.initrd = absolute(machine.kernel.initrd)
+    if machine.memory_file is not None:
+        machine.memory_file = absolute(machine.memory_file)
     for disk in machine.disks:
         disk.path = absolute(disk.path)
         if disk.overlay is True:
             disk.overlay = f"{machine.name}-{disk.id}.overlay"
         if disk.overlay:
             disk.overlay = absolute(disk.overlay)
+        disk.layers = [absolute(layer) for layer in disk.layers]
         if disk.serial is None:
             disk.serial = disk.id[:20]
     for net in machine.nets:

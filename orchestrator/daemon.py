@@ -2,60 +2,109 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
-import signal
 import socket
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import msgspec
 
 from motorcade.orchestrator import lifeline
 from motorcade.orchestrator.errors import EXIT_ERROR, EXIT_OK, UserError
+from motorcade.orchestrator.frozendisks import Incoming
+from motorcade.orchestrator.machine import Machine, decode, encode
 
 if TYPE_CHECKING:
-    from motorcade.orchestrator.machine import Machine
     from motorcade.orchestrator.rundir import RunDir
 
 _MAX_ORDER = 1 << 20  # bytes
 
 
 class Order(NamedTuple):
-    """The VM that vmmctl wants. ``config``: the path of machine.yaml, for people."""
+    """The VM that vmmctl wants. ``config``: the path of machine.yaml, for people. ``incoming``: it goes on from a
+    template."""
 
     machine: Machine
     config: str
     accel: str
     paused: bool
+    incoming: Incoming | None = None
 
 
-def fork() -> tuple[int, socket.socket]:
-    """Forks a supervisor that has no VM yet: it loads its code while vmmctl reads machine.yaml, which are the two
-    longest parts of a start. For a process with one thread. Returns its pid and vmmctl's end of the lifeline, which
-    the caller owns; closing it without ``start`` makes the process go away.
+def fork(shape: dict[str, Any] | None = None) -> tuple[int, socket.socket]:
+    """A supervisor that has no VM yet, and vmmctl's end of the lifeline, which the caller owns; closing it without
+    ``start`` makes the process go away. For a process with one thread.
+
+    A zygote that runs already forks it: its code is loaded then, and with a ``shape`` (pool.shape) it may have its
+    processes already. Else it is forked from here, and loads its code while vmmctl reads machine.yaml, which are the
+    two longest parts of a start. So it may be no child of ours: ``lifeline.pidfd`` is how to wait for it.
     """
+    from motorcade.orchestrator import zygoteclient
+
+    if (of_zygote := zygoteclient.fork(shape)) is not None:
+        return of_zygote
     ours, theirs = lifeline.pair()
     pid = os.fork()
     if pid == 0:
-        status = EXIT_ERROR
-        try:
-            status = main(theirs)
-        except BaseException as e:
-            # Whatever it is, vmmctl must hear of it; the traceback is in the log, if there is one by now.
-            import logging
-
-            logging.getLogger("motorcade.supervisor").exception("the supervisor ends")
-            what = f"the supervisor failed: {type(e).__name__}: {e}"
-            lifeline.send(theirs, event="failed", message=what, status=EXIT_ERROR)
-        finally:
-            os._exit(status)
+        run(theirs, from_vmmctl)
     theirs.close()
     return pid, ours
 
 
+def run(line: socket.socket, first: Callable[[socket.socket], bool]) -> NoReturn:
+    """The forked process, with its end of the lifeline. Never returns into what its parent was about to do.
+
+    ``first`` makes it what it is while it has no order: ``from_vmmctl``, ``from_zygote``, or, where all is prepared,
+    ``take_environment``. It says False when there will be none.
+    """
+    status = EXIT_ERROR
+    try:
+        data = line.recv(_MAX_ORDER) if first(line) else b""
+        gc.enable()
+        # Without an order, vmmctl has thought better of it.
+        status = supervise(line, decode_order(data)) if data else EXIT_OK
+    except BaseException as e:
+        # Whatever it is, vmmctl must hear of it; the traceback is in the log, if there is one by now.
+        import logging
+
+        logging.getLogger("motorcade.supervisor").exception("the supervisor ends")
+        what = f"the supervisor failed: {type(e).__name__}: {e}"
+        lifeline.send(line, event="failed", message=what, status=EXIT_ERROR)
+    finally:
+        os._exit(status)
+
+
+def from_vmmctl(line: socket.socket) -> bool:
+    """Loads the code, while vmmctl goes on."""
+    leave_parent(line.fileno())
+    # Imports make no garbage worth looking for; frozen, their pages stay shared with the children.
+    gc.disable()
+    preload()
+    gc.freeze()
+    return True
+
+
+def from_zygote(line: socket.socket) -> bool:
+    """The code is there."""
+    leave_parent(line.fileno())
+    return take_environment(line)
+
+
+def take_environment(line: socket.socket) -> bool:
+    """vmmctl's environment instead of the zygote's."""
+    message = lifeline.receive(line)
+    if message is None:
+        return False
+    os.environ.clear()
+    os.environ.update(message["environ"])
+    return True
+
+
 def start(line: socket.socket, order: Order) -> None:
     """Gives the forked supervisor its VM. Errors: UserError where it is gone."""
-    import pickle  # of our own types, between two halves of one program
-
-    data = pickle.dumps(order)
+    data = encode_order(order)
     try:
         if line.send(data, socket.MSG_NOSIGNAL) != len(data):
             raise UserError("the machine's description is too large")
@@ -66,17 +115,24 @@ def start(line: socket.socket, order: Order) -> None:
         raise UserError(f"the machine's description cannot be handed over: {e.strerror}") from None
 
 
-def main(line: socket.socket) -> int:
-    """The supervisor's process, with ``line``, its end of the lifeline. Returns its exit status."""
-    leave_vmmctl(line.fileno())
-    # Imports make no garbage worth looking for; frozen, their pages stay shared with the children.
-    gc.disable()
-    preload()
-    gc.freeze()
-    gc.enable()
-    order = receive(line)
-    if order is None:
-        return EXIT_OK
+def encode_order(order: Order) -> bytes:
+    """JSON of an order, for decode_order."""
+    return msgspec.json.encode(order, enc_hook=encode)
+
+
+def decode_order(data: bytes) -> Order:
+    """The order in ``data``. Errors: msgspec.MsgspecError, where it is none."""
+    return _order_decoder().decode(data)
+
+
+@functools.cache
+def _order_decoder() -> msgspec.json.Decoder[Order]:
+    """Made once: its tables take milliseconds."""
+    return msgspec.json.Decoder(Order, dec_hook=decode)
+
+
+def supervise(line: socket.socket, order: Order) -> int:
+    """The VM's whole life. Returns the exit status."""
     from motorcade.orchestrator.rundir import RunDir
 
     machine = order.machine
@@ -93,20 +149,22 @@ def main(line: socket.socket) -> int:
     if order.accel == "box":
         from motorcade.orchestrator.boxed import BoxedVm
 
-        return BoxedVm(machine, run, line, config=order.config, paused=order.paused).run()
+        return BoxedVm(machine, run, line, config=order.config, paused=order.paused, incoming=order.incoming).run()
     from motorcade.orchestrator.supervisor import Supervisor
 
-    return Supervisor(machine, run, line, config=order.config, accel=order.accel, paused=order.paused).run()
+    return Supervisor(
+        machine, run, line, config=order.config, accel=order.accel, paused=order.paused, incoming=order.incoming
+    ).run()
 
 
-def leave_vmmctl(line: int) -> None:
-    """Away from vmmctl's terminal, signals, folder and descriptors; only ``line`` stays."""
+def leave_parent(line: int) -> None:
+    """Away from the terminal, signals, folder and descriptors of whoever forked us; only ``line`` stays."""
+    from motorcade.orchestrator.spawn import default_signals
+
     os.setsid()
     os.umask(0o077)
     os.chdir("/")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    default_signals()
     close_all_but(line)
     raise_nofile()
 
@@ -118,16 +176,6 @@ def preload() -> None:
 
     assert supervisor.Supervisor is not None  # imported for its sake
     load_mains({"serial"})
-
-
-def receive(line: socket.socket) -> Order | None:
-    """The order; None when vmmctl has thought better of it."""
-    import pickle
-
-    data = line.recv(_MAX_ORDER)
-    order = pickle.loads(data) if data else None
-    assert order is None or isinstance(order, Order)
-    return order
 
 
 def close_all_but(keep: int) -> None:

@@ -72,13 +72,11 @@ def _kvm() -> Finding:
     return Finding("kvm", "lack", p.summary, "VMs run in the box only, emulated by QEMU: several times slower")
 
 
-# Syscall numbers and constants that the C library has no names for (linux/userfaultfd.h, linux/io_uring.h,
-# linux/landlock.h). They are the kernel's ABI on every architecture that has them at the same numbers (>= 5.x).
+# Syscall numbers and constants that the C library has no names for (linux/io_uring.h, linux/landlock.h). They are
+# the kernel's ABI on every architecture that has them at the same numbers (>= 5.x).
 _SYS_IO_URING_SETUP = 425
 _SYS_LANDLOCK_CREATE_RULESET = 444
-_SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _LANDLOCK_CREATE_RULESET_VERSION = 1
-_UFFD_USER_MODE_ONLY = 1
 _CLONE_FLAGS = {"user": 0x10000000, "mnt": 0x00020000, "net": 0x40000000, "pid": 0x20000000}
 
 
@@ -91,21 +89,11 @@ def _syscall(number: int, *args: Any) -> int:
 
 
 def _userfaultfd() -> Finding:
-    cost = "clones of a template copy all their memory before they start"
-    number = _SYS_USERFAULTFD.get(platform.machine())
-    if number is None:
-        return Finding("userfaultfd", "note", f"not known on {platform.machine()}", cost)
-    fd = _syscall(number, ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK))
-    if fd >= 0:
-        os.close(fd)
-        return Finding("userfaultfd", "ok", "permitted, kernel faults too")
-    if os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
-        return Finding("userfaultfd", "ok", "through /dev/userfaultfd")
-    user = _syscall(number, ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY))
-    if user >= 0:
-        os.close(user)
-        return Finding("userfaultfd", "note", "user faults only (vm.unprivileged_userfaultfd is 0)", cost)
-    return Finding("userfaultfd", "note", os.strerror(-fd), cost)
+    from motorcade.sidecars import lazymem
+
+    if reason := lazymem.permitted():
+        return Finding("userfaultfd", "note", reason, "clones of a template copy all their memory before they start")
+    return Finding("userfaultfd", "ok", "permitted on shared memory, kernel faults too")
 
 
 def _io_uring() -> Finding:

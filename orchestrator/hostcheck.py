@@ -6,25 +6,33 @@ import os
 import stat
 from pathlib import Path
 
+from motorcade.orchestrator import memoryfile
 from motorcade.orchestrator.config import Source
+from motorcade.orchestrator.frozendisks import Incoming
 from motorcade.orchestrator.machine import Disk, Machine, To
 from motorcade.orchestrator.yamlpos import Path as FieldPath
 
 SECTOR = 512  # bytes (virtio 1.2, 5.2.4)
 
 
-def check(machine: Machine, source: Source) -> None:
-    """Errors: ConfigError, naming the place in machine.yaml. Nothing is opened or locked here."""
+def check(machine: Machine, source: Source, incoming: Incoming | None = None) -> None:
+    """Errors: ConfigError, naming the place in machine.yaml. Nothing is opened or locked here. ``incoming``: the
+    machine is restored; frozen disks are looked at when they are opened, and the kernel is in memory already."""
     total = host_memory()
     if machine.memory > total:
         source.problem(("memory",), f"{machine.memory >> 20}M is more RAM than this host has ({total >> 20}M)")
-    _check_file(source, ("kernel", "image"), machine.kernel.image)
-    if machine.kernel.initrd is not None:
-        _check_file(source, ("kernel", "initrd"), machine.kernel.initrd)
+    if machine.memory_file is not None:
+        _check_memory_file(machine, source, machine.memory_file, restored=incoming is not None)
+    if incoming is None:
+        _check_file(source, ("kernel", "image"), machine.kernel.image)
+        if machine.kernel.initrd is not None:
+            _check_file(source, ("kernel", "initrd"), machine.kernel.initrd)
+    frozen = {restored.disk.id for restored in incoming.disks} if incoming is not None else set()
     writers: dict[tuple[int, int], str] = {}
     readers: dict[tuple[int, int], str] = {}
     for i, disk in enumerate(machine.disks):
-        _check_disk(disk, i, source, writers, readers)
+        if disk.id not in frozen:
+            _check_disk(disk, i, source, writers, readers)
     for i, net in enumerate(machine.nets):
         if net.capture is not None:
             _check_folder(source, ("nets", i, "capture"), net.capture)
@@ -39,6 +47,14 @@ def check(machine: Machine, source: Source) -> None:
         if address.startswith("unix:"):
             _check_folder(source, ("qmp", i), address.removeprefix("unix:"))
     source.raise_problems()
+
+
+def _check_memory_file(machine: Machine, source: Source, path: str, *, restored: bool) -> None:
+    """What is there has the RAM's size; what is not there can be made."""
+    if not machine.memory_share and not restored:
+        source.problem(("memory_share",), "false is for a machine that goes on from a state (vmmctl up --incoming)")
+    if problem := memoryfile.problem(Path(path), int(machine.memory), needed=restored):
+        source.problem(("memory_file",), problem)
 
 
 def host_memory() -> int:
@@ -99,6 +115,8 @@ def _check_disk(
         source.problem(at, f"{disk.path} has {info.st_size} bytes, not a whole number of {SECTOR}-byte sectors")
     if disk.overlay:
         _check_folder(source, ("disks", i, "overlay"), str(disk.overlay))
+    for k, layer in enumerate(disk.layers):
+        _check_file(source, ("disks", i, "layers", k), layer)
     # The same image under two names is the same image. Several readers are fine, a writer wants it alone.
     key = (0, info.st_rdev) if stat.S_ISBLK(info.st_mode) else (info.st_dev, info.st_ino)
     taken = writers.get(key) or (readers.get(key) if writes else None)

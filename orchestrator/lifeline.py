@@ -16,6 +16,8 @@ vmmctl says ``{"do": "detach"}``.
 from __future__ import annotations
 
 import json
+import os
+import select
 import socket
 from typing import Any
 
@@ -51,3 +53,20 @@ def receive(sock: socket.socket) -> dict[str, Any] | None:
     if not isinstance(message, dict):
         raise ValueError("not a message")
     return message
+
+
+def pidfd(sock: socket.socket, pid: int) -> int | None:
+    """A pidfd of the supervisor ``pid`` at the other end of ``sock``, which the caller owns; None where it is gone.
+
+    It may be no child of ours, and its pid another process's by now; but as long as its end is open, it is not.
+    """
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    poll = select.poll()
+    poll.register(sock, 0)
+    if poll.poll(0):  # POLLHUP, which needs no asking
+        os.close(fd)
+        return None
+    return fd

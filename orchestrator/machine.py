@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-MAX_DISKS = MAX_NICS = MAX_VIRTIO_CONSOLES = 16  # the slots that docs/internals.md gives each kind
+MAX_DISKS = MAX_NICS = 16  # the slots that docs/internals.md gives each kind
+MAX_VIRTIO_CONSOLES = MAX_KITS = 8
 ID_PATTERN = r"^[A-Za-z0-9][-_.A-Za-z0-9]{0,30}$"
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"([0-9]+)\s*([BKMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -55,6 +56,10 @@ class Disk(_Part):
             "machine.yaml, made when missing; or the overlay's path."
         ),
     ] = False
+    layers: Annotated[
+        list[str],
+        Meta(max_length=63, description="Read-only overlays between the image and its overlay, the lowest first."),
+    ] = []
     serial: Annotated[
         Annotated[str, Meta(max_length=20, pattern=r"^[ -~]*$")] | None,
         Meta(description="What the guest reads as the serial; default: the id."),
@@ -67,7 +72,7 @@ class Disk(_Part):
 
 
 class Net(_Part):
-    """A virtio-net NIC; the first in the list is eth0. Exactly one of tap, user and link."""
+    """A virtio-net NIC; the first in the list is eth0. Exactly one of tap, user, link and unplugged."""
 
     id: Id
     tap: Annotated[
@@ -78,6 +83,7 @@ class Net(_Part):
     link: Annotated[
         str | None, Meta(description="A directory that two VMs name to be wired together; made when missing.")
     ] = None
+    unplugged: Annotated[bool, Meta(description="A NIC without a cable: its link is down.")] = False
     mac: Annotated[Mac | None, Meta(description="Default: stable, made from the machine's name and the id.")] = None
     queues: Annotated[int, Meta(ge=1, le=8, description="Queue pairs; more than 1 needs a multi-queue tap.")] = 1
     mtu: Annotated[
@@ -89,8 +95,10 @@ class Net(_Part):
     ] = []
 
     @property
-    def mode(self) -> Literal["tap", "user", "link"]:
+    def mode(self) -> Literal["tap", "user", "link", "unplugged"]:
         """Which backend was chosen."""
+        if self.unplugged:
+            return "unplugged"
         return "tap" if self.tap is not None else "link" if self.link is not None else "user"
 
 
@@ -117,6 +125,29 @@ class Console(_Part):
     )
 
 
+class Kit:
+    """A device of a kind that is none of the above: rng, or one that an installed package brings (sidecars/kinds.py).
+
+    In YAML one mapping: ``id``, ``kind``, and what the kind understands. ``options`` are checked in config.py, since
+    that takes the kind's own code.
+    """
+
+    def __init__(self, id: str, kind: str, options: dict[str, Any]) -> None:
+        self.id, self.kind, self.options = id, kind, options
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Kit) and self.plain() == other.plain()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Kit({self.plain()})"
+
+    def plain(self) -> dict[str, Any]:
+        """As machine.yaml has it."""
+        return {"id": self.id, "kind": self.kind, **self.options}
+
+
 class Machine(_Part, kw_only=True):
     """A virtual machine."""
 
@@ -126,6 +157,13 @@ class Machine(_Part, kw_only=True):
     memory: Annotated[Size, Meta(description="RAM: bytes, or text such as 512M or 2G.")] = msgspec.field(
         default_factory=lambda: Size(512 << 20)
     )
+    memory_file: Annotated[
+        str | None,
+        Meta(description="RAM is this file, on tmpfs or hugetlbfs; made when missing. Default: memory without a name."),
+    ] = None
+    memory_share: Annotated[
+        bool, Meta(description="false: a machine that goes on from a state gets a copy of memory_file on demand.")
+    ] = True
     accel: Annotated[
         Literal["auto", "kvm", "box"],
         Meta(description="kvm: this host's; box: inside a small Linux with a complete KVM; auto: kvm where it can."),
@@ -134,6 +172,7 @@ class Machine(_Part, kw_only=True):
     disks: Annotated[list[Disk], Meta(max_length=MAX_DISKS)] = []
     nets: Annotated[list[Net], Meta(max_length=MAX_NICS)] = []
     consoles: list[Console] = []
+    devices: Annotated[list[Kit], Meta(max_length=MAX_KITS, description="Devices of other kinds.")] = []
     uart: Annotated[bool, Meta(description="Give the machine a serial port (ttyS0) even if no console asks.")] = True
     qmp: Annotated[
         list[str], Meta(description="More QMP sockets: unix:PATH or tcp:HOST:PORT (the VM's own is always there).")
@@ -150,6 +189,12 @@ def schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of machine.yaml."""
     shapes: dict[type, dict[str, Any]] = {
         Size: {"type": ["integer", "string"], "pattern": r"^[0-9]+\s*[BKMGTbkmgt]?(i?[Bb])?$", "minimum": 0},
+        Kit: {
+            "type": "object",
+            "description": "A device of another kind, and what that kind understands (docs/machine-yaml.md).",
+            "properties": {"id": {"type": "string", "pattern": ID_PATTERN}, "kind": {"type": "string"}},
+            "required": ["id", "kind"],
+        },
         Mac: {"type": "string", "pattern": "^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$"},
     }
     result: dict[str, Any] = msgspec.json.schema(Machine, schema_hook=lambda kind: shapes[kind])
@@ -181,9 +226,36 @@ def stable_mac(name: str, device_id: str) -> Mac:
     return Mac(b"\x52\x54\x00" + hashlib.blake2b(f"{name}/{device_id}".encode(), digest_size=3).digest())
 
 
+def describe(machine: Machine) -> str:
+    """The machine as JSON, as a template keeps it: equal machines give equal text."""
+    return msgspec.json.encode(machine, enc_hook=encode).decode()
+
+
+def encode(value: object) -> object:
+    """msgspec's hook for the types above, on the way out."""
+    if isinstance(value, Kit):
+        return value.plain()
+    return int(value) if isinstance(value, Size) else str(value)
+
+
 def decode(kind: type, value: object) -> object:
     """msgspec's hook for the types above."""
+    if kind is Kit:
+        return parse_kit(value)
     return parse_size(value) if kind is Size else parse_mac(value)
+
+
+def parse_kit(value: object) -> Kit:
+    """A device from its mapping; its options are not looked at. Errors: ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a mapping with id and kind, got {shown(value)}")
+    for key in ("id", "kind"):
+        if not isinstance(value.get(key), str):
+            raise ValueError(f"'{key}' is {'not text' if key in value else 'missing'}")
+        if not re.fullmatch(ID_PATTERN, value[key]):
+            raise ValueError(f"{key} {shown(value[key])}: letters, digits, - _ and . only, at most 31, the first a "
+                             "letter or digit")  # fmt: skip
+    return Kit(value["id"], value["kind"], {k: v for k, v in value.items() if k not in ("id", "kind")})
 
 
 def shown(value: object) -> str:

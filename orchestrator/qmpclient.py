@@ -64,10 +64,25 @@ class QmpClient:
             message["arguments"] = arguments
         return self.send(message, command)
 
+    def getfd(self, name: str, fd: int) -> None:
+        """Gives the VM a copy of ``fd``, which its commands then know as fd:NAME. Errors: QmpError."""
+        message = json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode()
+        try:
+            socket.send_fds(self._sock, [message], [fd])
+        except OSError as e:
+            raise QmpError(f"getfd: {e.strerror or e}") from None
+        self._answer("getfd")
+
     def send(self, message: dict[str, Any], name: str = "the command") -> Any:
         """Sends a whole QMP request and returns its answer."""
         try:
             self._sock.sendall(json.dumps(message).encode() + b"\r\n")
+        except OSError as e:
+            raise QmpError(f"{name}: {e.strerror or e}") from None
+        return self._answer(name)
+
+    def _answer(self, name: str) -> Any:
+        try:
             end = time.monotonic() + self.timeout
             while True:
                 answer = self._receive(end)

@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from motorcade.orchestrator import charbackend, netbackend, rundir
+import msgspec
+
+from motorcade.orchestrator import ahead, charbackend, frozendisks, memoryfile, netbackend, pagers, rundir
 from motorcade.orchestrator.errors import UserError
-from motorcade.orchestrator.machine import Console, Disk, Machine, Net, To
+from motorcade.orchestrator.machine import Console, Disk, Kernel, Kit, Machine, Net, To
 from motorcade.proto import memory
-from motorcade.proto.messages import BlkBoot, NetBoot, Role, SerialBoot
+from motorcade.proto.memory import PAGE
+from motorcade.proto.messages import BlkBoot, KitBoot, NetBoot, Role, SerialBoot
+from motorcade.sidecars import lazymem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from motorcade.orchestrator.disks import OpenDisk
+    from motorcade.orchestrator.frozendisks import Incoming
+
+log = logging.getLogger("motorcade.supervisor")
+
 FIRST_SLOT = {"blk": 0, "net": 16, "serial": 32}
+KIT_SLOT = 40  # of the first device of another kind
 NO_SLOT = 0xFFFF  # of the sidecar behind the 16550
 _ISR_SIZE = 4096
 _BACKLOG = 16
@@ -34,7 +45,7 @@ class Device:
     """One device: what its sidecar gets of its own, and what it shares with the core."""
 
     id: str
-    kind: str  # blk, net, serial
+    kind: str  # blk, net, serial, or a kind of the kit's
     boot: Role
     fds: dict[str, int]  # the sidecar's own, by label
     queues: int = 0
@@ -55,15 +66,25 @@ class Device:
 class Resources:
     """Owns every descriptor in it, and what has to be removed at the end, until ``close``."""
 
-    def __init__(self, machine: Machine, run: rundir.RunDir, on_helper: Callable[[str, int], None]) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        run: rundir.RunDir,
+        on_helper: Callable[[str, int], None],
+        incoming: Incoming | None = None,
+    ) -> None:
         """Opens nothing yet. ``on_helper`` is told the role and pid of each program that a backend needs (passt): a
-        child of this process, and the supervisor's to watch and to end."""
-        self.machine, self.run, self.on_helper = machine, run, on_helper
+        child of this process, and the supervisor's to watch and to end. ``incoming``: the machine is restored."""
+        self.machine, self.run, self.on_helper, self.incoming = machine, run, on_helper, incoming
+        self.lazy = False  # guest memory is filled on demand
+        self.template: dict[str, int] = {}  # the pager's, by label; the core gets its "state"
+        self.disks: dict[str, OpenDisk] = {}
         self.devices: list[Device] = []
         self.regions = memory.layout(int(machine.memory))
         self.memory = -1
         self.core: dict[str, int] = {}  # only the core's, by label
         self.shared: dict[str, int] = {}  # the core's and the uart sidecar's
+        self.everyone: dict[str, int] = {}  # the core's and every sidecar's
         self.kernel_path = machine.kernel.image
         self._backends: list[charbackend.CharBackend] = []
         self._opened: list[int] = []
@@ -72,7 +93,12 @@ class Resources:
         """Opens all; what was opened before an error is ``close``'s to let go. Errors: UserError, one clear line."""
         machine = self.machine
         self.core["kvm"] = self._own(open_kvm(machine.cpus))
-        self.memory = self._own(sealed_memfd("guest-memory", machine.memory))
+        self.lazy = self._can_be_lazy()
+        self._open_memory()
+        # A bit a page, in words of 64.
+        self.everyone["dirty"] = self._own(sealed_memfd("dirty-log", -(-(machine.memory // PAGE) // 64) * 8))
+        if self.incoming is not None and self.incoming.template:
+            self.open_template(self.incoming)
         self._open_kernel(progress)
         for disk in machine.disks:
             self._add(self._blk(disk))
@@ -80,7 +106,33 @@ class Resources:
             self._add(self._net(net))
         for console in machine.consoles:
             self._add(self._serial(console))
+        for kit in machine.devices:
+            self._add(self._kit(kit))
+        # By us, so that sidecars can connect while the core is still making its machine.
+        self.core["control"] = self._listen(self.run.path / "core.sock")
         self._listen_qmp()
+
+    @property
+    def in_place(self) -> bool:
+        """The machine goes on with the memory that it left behind: nothing has to be filled."""
+        return self.incoming is not None and self.machine.memory_file is not None and self.machine.memory_share
+
+    def _open_memory(self) -> None:
+        """The RAM: what waiting processes have mapped already, where it fits."""
+        machine, size = self.machine, int(self.machine.memory)
+        in_file = machine.memory_file is not None and machine.memory_share
+        ready = ahead.take(0 if in_file else size, lazy=self.lazy)
+        if in_file:
+            assert machine.memory_file is not None
+            opener = memoryfile.open_in_place if self.in_place else memoryfile.open_fresh
+            self.memory = self._own(opener(Path(machine.memory_file), size))
+        else:
+            self.memory = self._own(sealed_memfd("guest-memory", size) if ready is None else ready.memory)
+        self.everyone["memory"] = self.memory
+        if self.lazy:
+            device = lazymem.open_device() if ready is None else ready.userfaultfd
+            if device is not None:  # else each process uses the system call
+                self.everyone["userfaultfd"] = self._own(device)
 
     def close(self) -> None:
         """Closes every descriptor and removes sockets and links outside the run directory."""
@@ -93,7 +145,9 @@ class Resources:
 
     def core_fds(self) -> dict[str, int]:
         """What the core gets."""
-        fds = {"memory": self.memory, **self.core, **self.shared}
+        fds = {**self.everyone, **self.core, **self.shared}
+        if "state" in self.template:
+            fds["state"] = self.template["state"]
         for device in self.devices:
             if device.slot is not None:
                 fds |= {f"kick.{device.id}.{n}": fd for n, fd in enumerate(device.kicks)}
@@ -102,7 +156,7 @@ class Resources:
 
     def sidecar_fds(self, device: Device) -> dict[str, int]:
         """What a device's sidecar gets."""
-        fds = {"memory": self.memory, **device.fds}
+        fds = {**self.everyone, **device.fds}
         if device.slot is None:
             return fds | self.shared
         fds |= {f"kick.{n}": fd for n, fd in enumerate(device.kicks)}
@@ -115,26 +169,67 @@ class Resources:
     def _add(self, device: Device) -> None:
         """Gives a virtio device its slot, doorbells and interrupt."""
         if device.slot is not None:
-            device.slot = FIRST_SLOT[device.kind] + sum(
-                d.kind == device.kind and d.slot is not None for d in self.devices
-            )
+            first = FIRST_SLOT.get(device.kind, KIT_SLOT)
+            others = (d for d in self.devices if d.slot is not None)
+            device.slot = first + sum(FIRST_SLOT.get(d.kind, KIT_SLOT) == first for d in others)
             device.kicks = [self._own(eventfd()) for _ in range(device.queues)]
             device.call = self._own(eventfd())
             device.isr = self._own(sealed_memfd(f"isr-{device.id}", _ISR_SIZE))
         self.devices.append(device)
 
+    def pager_fds(self) -> dict[str, int]:
+        """What the pager gets."""
+        return {"memory": self.memory, **self.template}
+
+    def open_disks(self) -> list[frozendisks.Open]:
+        """The disks as they are, for a template."""
+        return [
+            frozendisks.Open(disk.id, disk.readonly, opened.files, opened.overlay, opened.unnamed, opened.written)
+            for disk in self.machine.disks
+            if (opened := self.disks.get(disk.id)) is not None
+        ]
+
+    def open_template(self, incoming: Incoming, state: int | None = None) -> None:
+        """The template's files. ``state``: that of a state, open already, and the caller's. Errors: UserError."""
+        fds = pagers.open_template(incoming, state)
+        self.incoming = incoming
+        self.template = {label: self._own(fd) for label, fd in fds.items()}
+
+    def _can_be_lazy(self) -> bool:
+        if self.incoming is None or self.in_place:
+            return False
+        if reason := lazymem.permitted():
+            log.warning("all of the memory is copied before the guest goes on: %s", reason)
+        return not reason
+
     def _open_kernel(self, progress: Callable[[str], None]) -> None:
         kernel = self.machine.kernel
+        if self.incoming is not None:
+            self._open_kernel_again(kernel)
+            return
         progress(f"unpacking {kernel.image}")
         self.core["kernel"] = self._own(_open(unpacked_kernel(kernel.image), os.O_RDONLY, "kernel"))
         if kernel.initrd is not None:
             self.core["initrd"] = self._own(_open(kernel.initrd, os.O_RDONLY, "initrd"))
 
+    def _open_kernel_again(self, kernel: Kernel) -> None:
+        """For a restored guest's reboot. Its images may be gone: then it cannot."""
+        for label, path in (("kernel", kernel.image), ("initrd", kernel.initrd)):
+            if path is not None:
+                try:
+                    image = unpacked_kernel(path) if label == "kernel" else path
+                    self.core[label] = self._own(_open(image, os.O_RDONLY, label))
+                except (UserError, OSError) as e:
+                    log.warning("the guest will not be able to reboot: %s", e)
+
     def _blk(self, disk: Disk) -> Device:
         from motorcade.orchestrator.disks import open_disk
 
-        opened = open_disk(disk)
+        restored = {r.disk.id: r for r in self.incoming.disks} if self.incoming is not None else {}
+        opened = open_disk(disk, restored.get(disk.id))
+        self.disks[disk.id] = opened
         fds = {"disk": self._own(opened.disk)}
+        fds |= {f"layer.{n}": self._own(layer.fd) for n, layer in enumerate(opened.files[1:])}
         if opened.overlay is not None:
             fds["overlay"] = self._own(opened.overlay)
         boot = BlkBoot(
@@ -147,16 +242,19 @@ class Resources:
             queues=disk.queues,
             discard=disk.discard,
             io_engine=disk.engine,
+            layers=len(opened.files) - 1,
         )
-        written = str(disk.overlay or disk.path)
         info = {
-            "file": written,
+            "file": opened.written,
             "driver": "raw",
             "ro": disk.readonly,
             "direct": opened.direct,
-            "backing-file": disk.path if disk.overlay else None,
+            "backing-file": opened.files[-1].path if opened.overlay is not None else None,
         }
-        shown = disk.path + (" (read-only)" if disk.readonly else f" + overlay {written}" if disk.overlay else "")
+        shown = " + ".join(file.path for file in opened.files)
+        shown += " (read-only)" if disk.readonly else ""
+        if opened.overlay is not None:
+            shown += " + what this run writes" if opened.unnamed else f" + overlay {opened.written}"
         return Device(disk.id, "blk", boot, fds, disk.queues, 0, backend=shown, info=info, locks=opened.locks)
 
     def _net(self, net: Net) -> Device:
@@ -166,6 +264,8 @@ class Resources:
             taps = netbackend.open_tap(net.tap, net.queues)
             fds = {f"tap.{n}": self._own(fd) for n, fd in enumerate(taps)}
             backend, shown = "tap", f"tap {net.tap}"
+        elif net.unplugged:
+            backend, shown = "none", "unplugged"
         elif net.link is not None:
             fds["link"] = self._own(netbackend.link(net.link))
             backend, shown = "link", f"link {net.link}"
@@ -208,6 +308,20 @@ class Resources:
         self.shared["uart.tx"] = self._own(eventfd())
         self.shared["uart.rx"] = self._own(eventfd())
         return Device(console.id, "serial", boot, fds, backend=shown, info=info)
+
+    def _kit(self, kit: Kit) -> Device:
+        from motorcade.sidecars import kinds
+
+        try:
+            kind = kinds.find(kit.kind)
+            opened = kind.open(msgspec.convert(kit.options, kind.Options))
+        except (kinds.UnknownKind, msgspec.ValidationError, OSError, ValueError) as e:
+            raise UserError(f"{kit.kind} {kit.id}: {e}") from None
+        fds = {label: self._own(fd) for label, fd in opened.items()}
+        options = msgspec.json.encode(kit.options, order="sorted").decode()
+        shown = " ".join([kit.kind, *(f"{key}={value}" for key, value in kit.options.items())])
+        boot = KitBoot(kit.id, kit.kind, options)
+        return Device(kit.id, kit.kind, boot, fds, len(kind.sizes), 0, backend=shown, info={"options": kit.options})
 
     def _listen_qmp(self) -> None:
         self.core["qmp.0"] = self._listen(self.run.path / "qmp.sock")

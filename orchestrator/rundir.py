@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from motorcade.orchestrator.errors import UserError
 
 KEEP_ENDED = 20
@@ -139,7 +141,7 @@ class RunDir:
     def write_state(self, state: dict[str, Any]) -> None:
         """Replaces state.json: a reader sees the old one or the new one, whole."""
         temporary = self.path / "state.json.new"
-        temporary.write_text(json.dumps(state, indent=1) + "\n")
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(state), indent=1) + b"\n")
         temporary.rename(self.path / "state.json")
 
     def open_log(self, role: str) -> int:

@@ -8,23 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import importlib
 import os
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from motorcade.orchestrator import footprint
+from motorcade.orchestrator.footprint import Ranges
 from motorcade.orchestrator.rundir import process_start
 
 if TYPE_CHECKING:
+    from motorcade.orchestrator.ahead import Ahead
     from motorcade.sidecars.device import Device
 
 _BOOT_FD = 3
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h; the number is part of the kernel's ABI, as every prctl option is
 _LAST_FD = (1 << 31) - 1
+_MAX_NAMES = 4096  # bytes of a role and a VM's name
+
+# Made here, once: in a child it would be made in pages of the child's own, 80 of them.
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 Main = Callable[[socket.socket], int]
 
@@ -59,10 +69,14 @@ class Process:
         """Lets go of the pidfd."""
         os.close(self.pidfd)
 
+    @functools.cached_property
+    def start(self) -> int | None:
+        """rundir.process_start; asked for first while it is not reaped."""
+        return process_start(self.pid)
+
     def describe(self) -> dict[str, Any]:
         """For state.json."""
-        start = process_start(self.pid)
-        return {"role": self.role, "device": None, "pid": self.pid, "start": start, "state": self.state}
+        return {"role": self.role, "device": None, "pid": self.pid, "start": self.start, "state": self.state}
 
 
 @dataclass
@@ -98,19 +112,114 @@ class Child(Process):
 
 
 def spawn(role: str, device_id: str, vm: str, main: Main, log_fd: int) -> Child:
-    """Forks ``main`` as a process of its own; the caller owns ``log_fd``, which becomes the child's stderr."""
+    """Starts ``main`` as a process of its own; the caller owns ``log_fd``, which becomes the child's stderr. It is one
+    that ``prepare`` has forked already, where one is left, else a new one."""
+    for waiting in _take(main):
+        if _adopt(waiting, role, vm, log_fd):
+            waiting.role, waiting.device_id = role, device_id
+            return waiting
+        waiting.reap()  # it did not live to see this
+        waiting.close()
+
+    def start(link: socket.socket) -> int:
+        title(role, vm)
+        return main(link)
+
+    return _fork(role, start, log_fd, device_id)
+
+
+def prepare(kind: str, name: str, ahead: Ahead | None, ranges: Ranges) -> None:
+    """Forks a process ahead of the VM that will need it: it waits for ``spawn`` to say which one it is. ``name`` is
+    shown by ps meanwhile. ``ahead``: the RAM that it will have, which stays the caller's. ``ranges``: of footprint.py,
+    the pages that it is going to write to."""
+    main = load_main(kind)
+    keep = () if ahead is None else (ahead.memory, *([] if ahead.userfaultfd is None else [ahead.userfaultfd]))
+    child = _fork(kind, lambda link: _await_adoption(link, kind, name, main, ranges))
+    _waiting.setdefault(main, []).append(child)
+    how = b"nothing" if ahead is None else b"lazy" if ahead.lazy else b"ready"
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone, as ``spawn`` will find
+        socket.send_fds(child.link, [how], keep)
+
+
+def dismiss() -> None:
+    """Ends the processes that wait: the VM has not the RAM that they were prepared for."""
+    for main in list(_waiting):
+        for child in _take(main):
+            child.kill()
+            child.reap()
+            child.close()
+
+
+_waiting: dict[Main, list[Child]] = {}  # of this process
+
+
+def _take(main: Main) -> Iterator[Child]:
+    """The children that wait, one by one, to be kept or closed."""
+    while _waiting.get(main):
+        yield _waiting[main].pop(0)
+
+
+def _adopt(child: Child, role: str, vm: str, log_fd: int) -> bool:
+    """Tells a child that waits what it is; False where it is gone."""
+    try:
+        socket.send_fds(child.link, [f"{role}\n{vm}".encode()], [log_fd])
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+    return True
+
+
+def _await_adoption(link: socket.socket, kind: str, name: str, main: Main, ranges: Ranges) -> int:
+    """In the child: waits, and then goes on as one that has just been forked."""
+    title(kind, name)
+    how, fds, _, _ = socket.recv_fds(link, _MAX_NAMES, 2)
+    if fds:
+        main = _set_up(kind, main, dict(zip(("memory", "userfaultfd"), fds, strict=False)), lazy=how == b"lazy")
+        for fd in fds:
+            os.close(fd)
+    footprint.copy_ahead(ranges)
+    data, fds, _, _ = socket.recv_fds(link, _MAX_NAMES, 1)
+    if not data:
+        return 0  # the VM has no use for us
+    role, vm = data.decode().split("\n")
+    os.dup2(fds[0], 2)
+    os.close(fds[0])
+    title(role, vm)
+    return main(link)
+
+
+def _set_up(kind: str, main: Main, fds: dict[str, int], *, lazy: bool) -> Main:
+    """In the child: ``main`` with all done that needs nothing but the RAM."""
+    from motorcade.proto.memory import layout
+
+    regions = layout(os.fstat(fds["memory"]).st_size)
+    if kind == "core":
+        from motorcade.core import blank
+        from motorcade.core import main as core_main
+        from motorcade.orchestrator.resources import open_kvm
+
+        return functools.partial(core_main.run, blank=blank.make({**fds, "kvm": open_kvm(1)}, regions, lazy=lazy))
+    if kind == "pager":
+        return main  # it has no mapping of guest memory
+    from motorcade.sidecars import runtime
+
+    device = _device_class(kind)
+    return functools.partial(runtime.run, device, ahead=runtime.prepare(device, fds, regions, lazy=lazy))
+
+
+def _fork(role: str, main: Main, log_fd: int | None = None, device_id: str = "") -> Child:
+    """Forks ``main``; its stderr is ``log_fd``, or /dev/null."""
     from motorcade.proto import boot
 
     ours, theirs = boot.socketpair()
     supervisor = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _child(role, vm, main, theirs, log_fd, supervisor)
+        _child(main, theirs, log_fd, supervisor)
     theirs.close()
     return Child(role, pid, os.pidfd_open(pid), device_id=device_id, link=ours)
 
 
-def _child(role: str, vm: str, main: Main, link: socket.socket, log_fd: int, supervisor: int) -> NoReturn:
+def _child(main: Main, link: socket.socket, log_fd: int | None, supervisor: int) -> NoReturn:
     """The first steps of a forked process. Never returns into the supervisor's code: whatever objects that has are
     neither used nor finalized here, since their descriptors are gone and the numbers may be ours by then."""
     status = 1
@@ -119,14 +228,13 @@ def _child(role: str, vm: str, main: Main, link: socket.socket, log_fd: int, sup
         default_signals()
         os.umask(0o077)
         null = os.open(os.devnull, os.O_RDWR)
-        for source, target in ((null, 0), (null, 1), (log_fd, 2)):
+        for source, target in ((null, 0), (null, 1), (null if log_fd is None else log_fd, 2)):
             os.dup2(source, target)
         link_fd = link.detach()
         if link_fd != _BOOT_FD:
             os.dup2(link_fd, _BOOT_FD, inheritable=False)
         # Everything else is the supervisor's or another child's: a right that this process must not have.
         os.closerange(_BOOT_FD + 1, _LAST_FD)
-        title(role, vm)
         status = main(socket.socket(fileno=_BOOT_FD))
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else 1
@@ -140,8 +248,7 @@ def _child(role: str, vm: str, main: Main, link: socket.socket, log_fd: int, sup
 
 def die_with(parent: int) -> None:
     """Has the kernel kill this process when ``parent`` dies, and ends it at once if that has happened already."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0) != 0:
+    if _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG")
     # A parent that died before the prctl sends nothing any more; we belong to init or a subreaper then.
     if os.getppid() != parent:
@@ -164,18 +271,25 @@ def title(role: str, vm: str) -> None:
     setproctitle.setproctitle(f"motorcade: {role} ({vm})")
 
 
-def load_mains(kinds: set[str]) -> dict[str, Main]:
-    """What each kind of process runs."""
-    from motorcade.core import main as core_main
+def load_mains(kinds: Iterable[str]) -> dict[str, Main]:
+    """What each kind of process runs, "core" always among them; the same function for the same kind every time."""
+    return {kind: load_main(kind) for kind in ("core", *kinds)}
 
-    mains: dict[str, Main] = {"core": core_main.run}
-    if kinds:
-        from motorcade.sidecars import runtime
 
-        for kind in kinds:
-            device_class = _device_class(kind)
-            mains[kind] = lambda link, device_class=device_class: runtime.run(device_class, link)  # type: ignore[misc]
-    return mains
+@functools.cache
+def load_main(kind: str) -> Main:
+    """What a process of this kind runs, its modules imported."""
+    if kind == "core":
+        from motorcade.core import main as core_main
+
+        return core_main.run
+    if kind == "pager":
+        pager = importlib.import_module("motorcade.sidecars.pager.main")
+        pager_main: Main = pager.main
+        return pager_main
+    from motorcade.sidecars import runtime
+
+    return functools.partial(runtime.run, _device_class(kind))
 
 
 def _device_class(kind: str) -> type[Device]:
@@ -187,6 +301,10 @@ def _device_class(kind: str) -> type[Device]:
         from motorcade.sidecars.net.device import NetDevice
 
         return NetDevice
-    from motorcade.sidecars.serial.device import SerialDevice
+    if kind == "serial":
+        from motorcade.sidecars.serial.device import SerialDevice
 
-    return SerialDevice
+        return SerialDevice
+    from motorcade.sidecars import kinds
+
+    return kinds.find(kind)

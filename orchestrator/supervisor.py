@@ -7,29 +7,32 @@ its files are in rundir.py. It never waits in one place: everything is an event 
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from motorcade.orchestrator import lifeline
+from motorcade.orchestrator import lifeline, pagers
 from motorcade.orchestrator.errors import EXIT_ERROR, UserError
+from motorcade.orchestrator.frozendisks import Incoming
+from motorcade.orchestrator.incomings import Incomings
 from motorcade.orchestrator.machine import Machine
-from motorcade.orchestrator.resources import Resources, slot_info, slot_number
+from motorcade.orchestrator.processes import Processes
+from motorcade.orchestrator.resources import Resources
 from motorcade.orchestrator.rundir import RunDir
-from motorcade.orchestrator.spawn import Child, Helper, Main, load_mains, spawn
+from motorcade.orchestrator.snapshots import Snapshots
+from motorcade.orchestrator.spawn import Child, Helper
 from motorcade.orchestrator.vmstate import vm_state
 from motorcade.proto import boot, schema
-from motorcade.proto.versions import PROTOCOL_VERSION
 
 log = logging.getLogger("motorcade.supervisor")
 
 START_TIMEOUT = 60.0  # seconds from the fork to `running`; imports are done before the fork
+DAMAGED_TIMEOUT = 5.0  # for its sidecars to flush what they have; one that waits for a page would wait for ever
 END_TIMEOUT = 45.0  # seconds for the core to end the VM, which gives its sidecars 40 to flush, before the kill
 
 
@@ -37,31 +40,47 @@ class Supervisor:
     """One VM. ``run`` is its whole life."""
 
     def __init__(
-        self, machine: Machine, run: RunDir, line: socket.socket, *, config: str, accel: str, paused: bool
+        self,
+        machine: Machine,
+        run: RunDir,
+        line: socket.socket,
+        *,
+        config: str,
+        accel: str,
+        paused: bool,
+        incoming: Incoming | None = None,
     ) -> None:
-        """Owns ``run`` and ``line``. ``config``: the path of machine.yaml, for people."""
+        """Owns ``run`` and ``line``. ``config``: the path of machine.yaml, for people. ``incoming``: the machine goes
+        on from a template."""
         self.machine, self.run_dir, self.line = machine, run, line
         self.config, self.accel, self.paused = config, accel, paused
-        self.resources = Resources(machine, run, self.add_helper)
+        self.resources = Resources(machine, run, self.add_helper, incoming)
+        self.processes = Processes(machine, run, self.resources, self)
         self.selector = selectors.DefaultSelector()
-        self.core: Child | None = None
-        self.sidecars: dict[str, Child] = {}
-        self.helpers: list[Helper] = []  # processes that backends need: passt
+        tell_core = self.processes.tell_core
+        self.snapshots = Snapshots(machine, self.resources, self.selector, tell_core)
+        self.incomings = Incomings(machine, config, self.resources, self.selector, tell_core, self.on_template_opened)
         self.status = "starting"
         self.started = time.time()
         self.attached = True  # vmmctl has not let go of us
         self.ended: schema.Ended | None = None
         self.failure: UserError | None = None
         self.deadline: tuple[float, Callable[[], None]] | None = None  # monotonic, and what happens then
-        self.logs: list[int] = []
 
     def run(self) -> int:
         """Starts the VM, watches it to its end, and leaves nothing behind. Returns its exit status."""
         try:
             self.watch_signals()
             self.open_resources()
-            self.fork_processes()
-            self.boot_core()
+            self.processes.fork_all()
+            self.deadline = (time.monotonic() + START_TIMEOUT, self.start_timed_out)
+            pager = self.processes.pager
+            if pager is not None and pager.eager and self.resources.template:
+                self.progress("copying the memory")
+                self.boot_pager()  # the others follow when all is there
+            else:
+                self.boot_machine()
+            self.tell_started()  # while they work
             self.loop()
         except UserError as e:
             self.fail(e)
@@ -76,86 +95,34 @@ class Supervisor:
 
     def open_resources(self) -> None:
         """Everything the processes need, before there is any."""
-        self.write_state()
         self.resources.open(self.progress)
-        self.write_state()
         self.progress("loading code")
-        # Warm start: what is imported here, no child has to. Frozen, so that the garbage collector's writes do not
-        # copy every page of it in every child.
-        self.mains = load_mains({device.kind for device in self.resources.devices})
-        gc.collect()
-        gc.freeze()
+        self.processes.load()
 
     def add_helper(self, role: str, pid: int) -> None:
         """A program that a backend has started."""
         helper = Helper(role, pid, os.pidfd_open(pid))
-        self.helpers.append(helper)
+        self.processes.helpers.append(helper)
         self.selector.register(helper.pidfd, selectors.EVENT_READ, lambda: self.on_helper_exit(helper))
 
-    def fork_processes(self) -> None:
-        """The sidecars first: the core's Boot names their pids. They wait for theirs until the core is ready."""
-        for device in self.resources.devices:
-            self.sidecars[device.id] = self.fork(device.role, device.id, self.mains[device.kind])
-        self.core = self.fork("core", "", self.mains["core"])
-        self.deadline = (time.monotonic() + START_TIMEOUT, self.start_timed_out)
+    def tell_started(self) -> None:
+        """The processes are there, and the sockets listen."""
         self.write_state()
         console = self.console()
         path = str(self.run_dir.path / f"console-{console}.sock") if console else None
-        lifeline.send(self.line, event="started", processes=self.processes(), console=path)
+        lifeline.send(self.line, event="started", processes=self.processes.describe(), console=path)
 
-    def fork(self, role: str, device_id: str, main: Main) -> Child:
-        """A child, watched."""
-        log_fd = self.run_dir.open_log(role)
-        self.logs.append(log_fd)
-        child = spawn(role, device_id, self.machine.name, main, log_fd)
+    def boot_machine(self) -> None:
+        """See Processes, as below."""
+        self.processes.boot_machine(paused=self.paused)
+
+    def boot_pager(self) -> None:
+        self.processes.boot_pager()
+
+    def watch(self, child: Child) -> None:
+        """See processes.Watcher."""
         self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self.on_exit(child))
         self.selector.register(child.link, selectors.EVENT_READ, lambda: self.on_link(child))
-        log.info("%s is pid %d", role, child.pid)
-        return child
-
-    def boot_core(self) -> None:
-        """Sends the core what it needs. It binds its control socket and says ready."""
-        assert self.core is not None
-        machine, resources = self.machine, self.resources
-        role = schema.CoreBoot(
-            uuid=machine.uuid or "",
-            cpus=machine.cpus,
-            cmdline=machine.kernel.cmdline,
-            devices=tuple(
-                schema.Slot(d.id, d.kind, slot_number(d), d.queues, self.sidecars[d.id].pid, slot_info(d))
-                for d in resources.devices
-            ),
-            uart=next((d.id for d in resources.devices if d.slot is None), ""),
-            paused=self.paused,
-            kernel_path=machine.kernel.image,
-            initrd_path=machine.kernel.initrd or "",
-            on_reboot=machine.on_reboot,
-        )
-        self.send_boot(self.core, role, resources.core_fds())
-
-    def boot_sidecars(self) -> None:
-        """Now that the core listens: connecting before the bind would cost each 100 to 200 ms."""
-        for device in self.resources.devices:
-            self.send_boot(self.sidecars[device.id], device.boot, self.resources.sidecar_fds(device))
-
-    def send_boot(self, child: Child, role: schema.Role, fds: dict[str, int]) -> None:
-        """A child that is gone already shows by its pidfd, not here."""
-        message = schema.Boot(
-            protocol_version=PROTOCOL_VERSION,
-            vm_name=self.machine.name,
-            control_socket=str(self.run_dir.path / "core.sock"),
-            regions=tuple(self.resources.regions),
-            log_level=self.machine.log_level,
-            role=role,
-        )
-        log_fd = self.run_dir.open_log(child.role)
-        try:
-            boot.send_boot(child.link, message, {**fds, "log": log_fd})
-        except boot.BootError as e:
-            log.error("%s: %s", child.role, e)
-            child.kill()
-        finally:
-            os.close(log_fd)
 
     # Events.
 
@@ -173,17 +140,22 @@ class Supervisor:
 
     def loop(self) -> None:
         """Until every process is gone."""
-        while any(child.alive for child in self.children()):
-            timeout = None
-            if self.deadline is not None:
-                timeout = max(0.0, self.deadline[0] - time.monotonic())
-            for key, _ in self.selector.select(timeout):
+        while any(child.alive for child in self.processes.all()):
+            for key, _ in self.selector.select(self.patience()):
                 # One event may have ended what a later one of the same round is about.
                 if key.fd in self.selector.get_map():
                     key.data()
             if self.deadline is not None and time.monotonic() >= self.deadline[0]:
                 action, self.deadline = self.deadline[1], None
                 action()
+            self.look_after_pager()
+
+    def patience(self) -> float | None:
+        """Seconds until something is due by itself."""
+        pager = self.processes.pager
+        due = [pager.due if pager is not None else None, self.deadline[0] if self.deadline is not None else None]
+        times = [time_ for time_ in due if time_ is not None]
+        return max(0.0, min(times) - time.monotonic()) if times else None
 
     def on_signal(self) -> None:
         """A signal for the VM as a whole."""
@@ -212,11 +184,19 @@ class Supervisor:
     def on_link(self, child: Child) -> None:
         """A Life message."""
         try:
-            life = boot.recv_life(child.link)
+            life, fds = boot.recv_life_fds(child.link)
         except schema.Malformed as e:
             log.error("%s sent nonsense: %s", child.role, e)
             child.kill()
             return
+        try:
+            self.on_life(child, life, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def on_life(self, child: Child, life: schema.Life | None, fds: list[int]) -> None:
+        """One message, with descriptors that are the caller's."""
         if life is None:
             self.selector.unregister(child.link)  # its pidfd says the rest
         elif isinstance(life, schema.Failed):
@@ -224,19 +204,33 @@ class Supervisor:
             log.error("%s: %s", child.role, life.reason)
         elif isinstance(life, schema.Ready):
             self.on_ready(child)
-        elif child is self.core:
-            self.on_core(life)
+        elif isinstance(life, schema.LazyReady) and self.processes.pager is not None and len(fds) == 1:
+            self.processes.pager.add(child.role, os.dup(fds[0]), life.mappings)
+            self.on_ready(child)
+        elif child is self.processes.core:
+            self.on_core(life, fds)
+        elif self.processes.is_pager(child):
+            self.on_pager(life)
         else:
-            log.error("%s sent %s, which only the core may", child.role, type(life).__name__)
+            log.error("%s sent %s, which is not its to send", child.role, type(life).__name__)
 
     def on_ready(self, child: Child) -> None:
         """A process is set up and has dropped its privileges."""
-        child.state = "ready"
-        if child is self.core:
-            self.boot_sidecars()
+        core, pager = self.processes.core, self.processes.pager
+        child.state = "ready" if self.status == "starting" else "running"
+        if pager is not None and pager.child is child and pager.eager and core is not None:
+            # All of the memory is there.
+            if core.state == "starting":
+                self.boot_machine()
+            else:
+                self.answer_incoming()
+        if self.status != "starting":
+            self.write_state()
+        elif self.processes.is_deferred and all(c.state == "ready" for c in self.processes.booted()):
+            self.on_deferred()
 
-    def on_core(self, life: schema.Life) -> None:
-        """What only the core says."""
+    def on_core(self, life: schema.Life, fds: Sequence[int]) -> None:
+        """What only the core says. ``fds`` stay the caller's."""
         if isinstance(life, schema.Running):
             self.on_running()
         elif isinstance(life, schema.Ended):
@@ -244,18 +238,79 @@ class Supervisor:
             self.ended = life
             self.stop_by(END_TIMEOUT)
         elif isinstance(life, schema.KillSidecar):
-            if (sidecar := self.sidecars.get(life.device_id)) is not None and sidecar.alive:
+            sidecar = self.processes.by_device(life.device_id)
+            if sidecar is not None and sidecar.alive:
                 log.error("%s is silent: killing it", sidecar.role)
                 sidecar.failure = "silent past a deadline"
                 sidecar.kill()
+        elif isinstance(life, schema.OpenTarget | schema.CopyDisks | schema.CloseTarget):
+            self.snapshots.on(life)
+        elif isinstance(life, schema.OpenIncoming):
+            self.incomings.on(life, fds)
         else:
             log.error("the core sent %s, which is not its to send", type(life).__name__)
+
+    def on_deferred(self) -> None:
+        """All is ready but the template, which QMP's migrate-incoming is to name."""
+        self.deadline = None
+        self.status = "incoming"
+        self.write_state()
+        lifeline.send(self.line, event="running")
+
+    def on_template_opened(self) -> None:
+        """Of a VM that was started without one."""
+        if self.processes.pager is not None:
+            self.boot_pager()
+        if self.processes.pager is None or self.resources.lazy:
+            self.answer_incoming()
+        # Else when the pager has copied all of the memory.
+
+    def answer_incoming(self) -> None:
+        """The template's state, for the core that asked."""
+        self.processes.tell_core(schema.Incoming(""), [self.resources.template["state"]])
+
+    def on_pager(self, life: schema.Life) -> None:
+        """What only the pager says."""
+        incoming = self.resources.incoming
+        assert incoming is not None
+        if isinstance(life, schema.Damaged):
+            self.end_damaged(life.reason)
+        elif isinstance(life, schema.WorkingSet):
+            if Path(incoming.template).is_dir():
+                pagers.keep_working_set(Path(incoming.template), life.chunks)
+        else:
+            log.error("the pager sent %s, which is not its to send", type(life).__name__)
+
+    def end_damaged(self, reason: str) -> None:
+        """The VM's memory cannot be had. Nothing of it goes on: the guest would see other bytes than it wrote."""
+        if self.status == "starting":
+            self.fail(UserError(f"the template is damaged: {reason}"))
+        elif self.ended is None:
+            log.error("the template is damaged: %s", reason)
+            self.ended = schema.Ended(EXIT_ERROR, "template-damaged", reason)
+            core = self.processes.core
+            if core is not None and core.alive:
+                core.kill()  # its vCPUs may wait for a page for ever
+            self.stop_by(DAMAGED_TIMEOUT)
+
+    def look_after_pager(self) -> None:
+        """Replaces it when that is due, and ends it when nobody is left who could need it."""
+        pager = self.processes.pager
+        if pager is None or pager.child is None:
+            return
+        if not any(child.alive for child in self.processes.all() if child is not pager.child):
+            pager.due = None
+            if pager.child.alive:
+                pager.child.kill()
+        elif pager.due is not None and time.monotonic() >= pager.due:
+            self.processes.replace_pager()
+            self.write_state()
 
     def on_running(self) -> None:
         """The guest runs."""
         self.deadline = None
         self.status = "running"
-        for child in self.children():
+        for child in self.processes.all():
             child.state = "running" if child.alive else child.state
         log.info("running, %d ms after the start", (time.time() - self.started) * 1000)
         self.write_state()
@@ -273,24 +328,29 @@ class Supervisor:
         log.log(logging.INFO if how == "exited with status 0" else logging.ERROR, "%s %s", child.role, how)
         child.close()
         why = f"{how}: {child.failure}" if child.failure else how
-        if child is self.core:
+        if self.processes.pager is not None:
+            self.processes.pager.forget(child.role)
+        if child is self.processes.core:
             self.on_core_gone(why)
         elif self.status == "starting":
             self.on_failed_start(child, how)
+        elif self.processes.is_pager(child):
+            self.on_pager_died(why)
         else:
             self.on_sidecar_died(child, why)
         self.write_state()
 
     def on_failed_start(self, child: Child, how: str) -> None:
         """A sidecar ended before the VM ran. The reason may be the core's end, whose own words have arrived by then."""
-        assert self.core is not None
+        core = self.processes.core
+        assert core is not None
         culprit = child
-        if self.core.alive:
+        if core.alive:
             with contextlib.suppress(BlockingIOError, schema.Malformed):
-                while self.core.link.fileno() in self.selector.get_map() and not self.drained(self.core):
+                while core.link.fileno() in self.selector.get_map() and not self.drained(core):
                     pass
-            if self.core.failure:
-                culprit = self.core
+            if core.failure:
+                culprit = core
         said = culprit.failure
         self.fail(UserError(f"{culprit.role} {'failed' if said else 'ended'}: {said or how}"))
 
@@ -303,9 +363,12 @@ class Supervisor:
 
     def on_core_gone(self, why: str) -> None:
         """The VM is over. Its sidecars flush and leave by themselves, since their control connection is gone."""
-        assert self.core is not None
+        core = self.processes.core
+        assert core is not None
+        self.snapshots.close()
+        self.incomings.close()
         if self.status == "starting" and self.ended is None:
-            message = f"core failed: {self.core.failure}" if self.core.failure else f"the core {why} at the start"
+            message = f"core failed: {core.failure}" if core.failure else f"the core {why} at the start"
             self.fail(UserError(message))
             return
         if self.ended is None:
@@ -314,13 +377,24 @@ class Supervisor:
 
     def on_sidecar_died(self, child: Child, why: str) -> None:
         """The VM goes on without that device; or it is ending, and the core waits for its sidecars to be gone."""
-        assert self.core is not None
-        if self.core.alive:
-            boot.send_life(self.core.link, schema.SidecarDied(child.device_id, why[:4000]))
+        self.processes.tell_core(schema.SidecarDied(child.device_id, why[:4000]))
         # Status 0 is that of a sidecar which was asked to end: by the core, whose own end is about to follow, or by a
         # SIGTERM of somebody who knows.
         if self.status == "running" and child.state != "exited with status 0":
             lifeline.send(self.line, event="sidecar-died", role=child.role, reason=why)
+
+    def on_pager_died(self, why: str) -> None:
+        """Another takes its place: whoever touches memory that is missing waits until then."""
+        pager, core = self.processes.pager, self.processes.core
+        assert pager is not None
+        if self.failure is not None or core is None or not core.alive:
+            return  # which it may have seen before us; nobody will miss it any more
+        if self.status != "stopping":
+            lifeline.send(self.line, event="sidecar-died", role=pagers.ID, reason=f"{why}; it is replaced")
+        try:
+            pager.died()
+        except UserError as e:
+            self.end_damaged(f"{e}: {why}")
 
     def on_helper_exit(self, helper: Helper) -> None:
         """passt, for one, is gone: its NIC's sidecar sees the end of the stream, and the guest a link that is down."""
@@ -335,9 +409,8 @@ class Supervisor:
         """Asks the core to end the VM at once, flushing the disks."""
         if self.status == "starting":
             self.fail(UserError("ended before the VM ran", EXIT_ERROR))
-        elif self.status == "running":
-            assert self.core is not None
-            boot.send_life(self.core.link, schema.ShutdownVm())
+        elif self.status in {"running", "incoming"}:
+            self.processes.tell_core(schema.ShutdownVm())
             self.stop_by(END_TIMEOUT)
 
     def stop_by(self, seconds: float) -> None:
@@ -349,14 +422,13 @@ class Supervisor:
 
     def kill_all(self) -> None:
         """No patience left."""
-        for child in self.children():
-            if child.alive:
-                log.error("%s did not end in time: killing it", child.role)
-                child.kill()
+        late = [child.role for child in self.processes.all() if child.alive]
+        log.error("%s did not end in time: killing what is left", ", ".join(late))
+        self.processes.kill_all()
 
     def start_timed_out(self) -> None:
         """Something never became ready."""
-        late = [child.role for child in self.children() if child.state == "starting"]
+        late = [child.role for child in self.processes.all() if child.state == "starting"]
         what = ", ".join(late) or "the core"
         self.fail(UserError(f"{what} did not become ready within {START_TIMEOUT:g} s"))
 
@@ -366,22 +438,14 @@ class Supervisor:
             self.failure = error
             log.error("%s", error)
         self.status = "stopping"
-        for child in self.children():
-            if child.alive:
-                child.kill()
+        self.processes.kill_all()
 
     def leave(self) -> int:
         """Ends what is left, tells vmmctl how it was, and removes the run directory."""
         self.deadline = None
-        for child in self.children():
-            if child.alive:
-                child.kill()
-                child.reap()
-                child.close()
-        for helper in self.helpers:
-            helper.end()
-        for fd in self.logs:
-            os.close(fd)
+        self.processes.close()
+        self.snapshots.close()
+        self.incomings.close()
         if self.failure is not None:
             ended = schema.Ended(self.failure.status, "start-failed", str(self.failure))
         else:
@@ -399,14 +463,6 @@ class Supervisor:
         return ended.status
 
     # For others.
-
-    def children(self) -> list[Child]:
-        """Every process of the VM but its supervisor."""
-        return [*([self.core] if self.core else []), *self.sidecars.values()]
-
-    def processes(self) -> list[dict[str, Any]]:
-        """For state.json and for a person."""
-        return [process.describe() for process in (*self.children(), *self.helpers)]
 
     def console(self) -> str | None:
         """The console that `vmmctl up` and `vmmctl console` attach to when not told: terminal, else the uart."""

@@ -26,7 +26,7 @@ def vm_state(supervisor: Supervisor) -> dict[str, Any]:
         "config": supervisor.config,
         "accel": supervisor.accel,
         "machine": {"cpus": machine.cpus, "memory": int(machine.memory), "kernel": machine.kernel.image},
-        "processes": supervisor.processes(),
+        "processes": supervisor.processes.describe(),
         "devices": [device_state(d) for d in devices],
         "console": supervisor.console(),
         "qmp": [f"unix:{supervisor.run_dir.path / 'qmp.sock'}", *machine.qmp],

@@ -1,7 +1,8 @@
-"""Debian's cloud kernel, fetched and unpacked into the cache without being installed.
+"""Debian's kernels, fetched and unpacked into the cache without being installed.
 
-The same kernel runs the box and the guests of the tests. ``$MOTORCADE_BOX_KERNEL`` names another
-directory of the same shape (``vmlinuz`` and ``lib/modules/RELEASE``), for hosts that are not Debian.
+The cloud kernel runs the box and most guests of the tests, the generic one those guests that need what it alone has:
+the driver of the VM generation ID. ``$MOTORCADE_BOX_KERNEL`` and ``$MOTORCADE_GENERIC_KERNEL`` name other directories
+of the same shape (``vmlinuz`` and ``lib/modules/RELEASE``), for hosts that are not Debian.
 """
 
 import os
@@ -16,9 +17,22 @@ from pathlib import Path
 from motorcade.orchestrator.box.paths import cache_dir, locked
 from motorcade.orchestrator.errors import UserError
 
-META_PACKAGE = "linux-image-cloud-amd64"
-
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of Debian's kernels."""
+
+    meta_package: str
+    link: str
+    """Its well-known name in the cache."""
+    variable: str
+    """Of the environment, for another one in its place."""
+
+
+CLOUD = Flavour("linux-image-cloud-amd64", "kernel", "MOTORCADE_BOX_KERNEL")
+GENERIC = Flavour("linux-image-amd64", "kernel-generic", "MOTORCADE_GENERIC_KERNEL")
 
 
 class KernelError(UserError):
@@ -87,13 +101,13 @@ def _depends(module: Path) -> Iterator[str]:
     yield from filter(None, found[1].decode().split(","))
 
 
-def find_kernel() -> Kernel | None:
+def find_kernel(flavour: Flavour = CLOUD) -> Kernel | None:
     """The kernel that is in the cache already (or that the environment names), or None."""
-    configured = os.environ.get("MOTORCADE_BOX_KERNEL")
-    root = Path(configured) if configured else cache_dir() / "guest" / "kernel"
+    configured = os.environ.get(flavour.variable)
+    root = Path(configured) if configured else cache_dir() / "guest" / flavour.link
     if not (root / "vmlinuz").is_file():
         if configured:
-            raise KernelError(f"MOTORCADE_BOX_KERNEL: {root}/vmlinuz: no such file")
+            raise KernelError(f"{flavour.variable}: {root}/vmlinuz: no such file")
         return None
     releases = sorted(path.name for path in (root / "lib" / "modules").iterdir())
     if len(releases) != 1:
@@ -101,18 +115,18 @@ def find_kernel() -> Kernel | None:
     return Kernel(root.resolve(), releases[0])
 
 
-def ensure_kernel(progress: Progress) -> Kernel:
-    """The cached kernel, fetched from Debian's archive first if need be (27 MB, a few seconds).
+def ensure_kernel(progress: Progress, flavour: Flavour = CLOUD) -> Kernel:
+    """The cached kernel, fetched from Debian's archive first if need be (cloud: 27 MB, generic: 71 MB; seconds).
 
     Raises KernelError where apt cannot find, fetch or unpack it.
     """
-    if kernel := find_kernel():
+    if kernel := find_kernel(flavour):
         return kernel
     guest = cache_dir() / "guest"
     with locked(guest / "lock"):
-        if kernel := find_kernel():
+        if kernel := find_kernel(flavour):
             return kernel
-        package = _real_package()
+        package = _real_package(flavour)
         progress(f"fetching the guest kernel: {package}")
         with tempfile.TemporaryDirectory(dir=guest, prefix="fetch-") as scratch:
             tree = _fetch(package, Path(scratch))
@@ -127,26 +141,29 @@ def ensure_kernel(progress: Progress) -> Kernel:
             shutil.rmtree(final, ignore_errors=True)
             tree.rename(final)
             # The tree appears under its well-known name whole or not at all.
-            link = Path(scratch) / "kernel"
-            for name, target in [("vmlinuz", f"{final.name}/vmlinuz"), ("kernel", final.name)]:
+            links = [(flavour.link, final.name)]
+            if flavour is CLOUD:
+                links.insert(0, ("vmlinuz", f"{final.name}/vmlinuz"))
+            for name, target in links:
+                link = Path(scratch) / "link"
                 link.symlink_to(target)
                 link.rename(guest / name)
-    kernel = find_kernel()
+    kernel = find_kernel(flavour)
     if kernel is None:
-        raise KernelError(f"{guest}/kernel is gone again right after it was unpacked")
+        raise KernelError(f"{guest / flavour.link} is gone again right after it was unpacked")
     return kernel
 
 
-def _real_package() -> str:
+def _real_package(flavour: Flavour) -> str:
     """The package with the kernel in it, which the meta package depends on."""
     if shutil.which("apt-cache") is None:
-        raise KernelError("apt-cache is not here: set MOTORCADE_BOX_KERNEL to an unpacked kernel (docs/box.md)")
-    listing = _run(["apt-cache", "depends", "--important", META_PACKAGE])
+        raise KernelError(f"apt-cache is not here: set {flavour.variable} to an unpacked kernel (docs/box.md)")
+    listing = _run(["apt-cache", "depends", "--important", flavour.meta_package])
     for line in listing.splitlines():
         kind, _, name = line.strip().partition(": ")
         if kind == "Depends" and name.startswith("linux-image-"):
             return name
-    raise KernelError(f"apt-cache knows no {META_PACKAGE}: run apt-get update first")
+    raise KernelError(f"apt-cache knows no {flavour.meta_package}: run apt-get update first")
 
 
 def _fetch(package: str, scratch: Path) -> Path:

@@ -46,7 +46,10 @@ _CMDLINE = (
 
 # QEMU's SVM does not intercept XSETBV: KVM in the box never learns a guest's XCR0 and puts its own idea of it back at
 # each entry. A guest that sees XSAVE crashes now and then, by when its exits fall (QEMU's own microvm, too).
-_CPU = "EPYC,+svm,+npt,-xsave,-xsaveopt,-xsavec,-xgetbv1,-avx,-avx2,-fma,-f16c"
+#
+# Its nested paging loses guests: now and then a guest's saved state is, at an exit, that of KVM itself (rip behind its
+# VMRUN, its CR3), and the guest hangs or is at a triple fault next (docs/box.md). Shadow paging is slower.
+_CPU = "EPYC,+svm,-npt,-xsave,-xsaveopt,-xsavec,-xgetbv1,-avx,-avx2,-fma,-f16c"
 
 
 class BoxError(UserError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import time
@@ -34,6 +35,7 @@ class Foreground:
 
     def __init__(self, name: str, pid: int, line: socket.socket, *, detach: bool) -> None:
         self.name, self.pid, self.line, self.detach = name, pid, line, detach
+        self._pidfd = lifeline.pidfd(line, pid)  # None: it is gone already
         self.tty = os.isatty(0) and os.isatty(1)
         self.processes: list[dict[str, Any]] = []
         self.is_running = False
@@ -58,6 +60,8 @@ class Foreground:
             return self._end_at_once()
         finally:
             self.line.close()
+            if self._pidfd is not None:
+                os.close(self._pidfd)
 
     def _on_signal(self, *_: object) -> None:
         """The first two count."""
@@ -78,16 +82,18 @@ class Foreground:
                        "detail": f"see vmmctl logs {self.name}"}  # fmt: skip
         self.is_running |= message["event"] == "running"
         if message["event"] == "failed":
-            self._reap()
+            self._wait_gone()
             raise UserError(message["message"], message["status"])
         return message
 
     def _is_alive(self) -> bool:
         """Whether the supervisor still runs."""
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        return self._pidfd is not None and not select.select([self._pidfd], [], [], 0)[0]
 
-    def _reap(self) -> None:
-        os.waitpid(self.pid, 0)
+    def _wait_gone(self) -> None:
+        """Until the supervisor, which has said its last word, has ended. It may be a zygote's child and not ours."""
+        if self._pidfd is not None:
+            select.select([self._pidfd], [], [])
 
     def _await(self, event: str) -> dict[str, Any]:
         """The start, up to this event, with a word about each step that takes long."""
@@ -101,7 +107,7 @@ class Foreground:
             elif message["event"] == "progress":
                 step = message["text"]
             elif message["event"] == "ended":
-                self._reap()
+                self._wait_gone()
                 raise UserError(f"{self.name} ended while it started: {message['reason']}: {message['detail']}")
             else:
                 if message["event"] == "started":
@@ -150,7 +156,7 @@ class Foreground:
                 tell(f"{self.name}: {message['role']} died: {message['reason']}")
             elif message["event"] == "ended":
                 self._signals = 2  # they come too late
-                self._reap()
+                self._wait_gone()
                 return self._tell_end(message)
 
     def _tell_end(self, message: dict[str, Any]) -> int:
@@ -224,7 +230,7 @@ class Reporter(Foreground):
         while True:
             message = self._receive()
             if message is not None and message["event"] == "ended":
-                self._reap()
+                self._wait_gone()
                 return self._tell_end(message)
 
     def _tell_end(self, message: dict[str, Any]) -> int:

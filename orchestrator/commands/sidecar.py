@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from motorcade.orchestrator.commands import sidecar_new
 from motorcade.orchestrator.commands.common import find_running, table
 
 
@@ -16,6 +17,7 @@ def add_parser(commands: Any) -> None:
     ls.add_argument("name", metavar="NAME")
     ls.add_argument("--json", action="store_true", help="for programs")
     ls.set_defaults(run=run_ls)
+    sidecar_new.add_parser(sub)
 
 
 def run_ls(args: argparse.Namespace) -> int:

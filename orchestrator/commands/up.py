@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import socket
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from motorcade.orchestrator.commands.common import tell
+from motorcade.orchestrator.errors import EXIT_USAGE, UserError
+
+if TYPE_CHECKING:
+    from motorcade.orchestrator.config import Source
+    from motorcade.orchestrator.frozendisks import Incoming
+    from motorcade.orchestrator.machine import Machine
 
 _EPILOG = """\
 In a terminal, up shows the processes that it started and attaches to the console: the one with backend: terminal,
@@ -21,6 +29,10 @@ examples:
   vmmctl up -d machine.yaml && vmmctl console web
   vmmctl up --name web2 machine.yaml          a second VM from the same file
   vmmctl up --paused machine.yaml             start with the CPUs stopped; vmmctl qmp NAME cont
+  vmmctl up --incoming file:/templates/web    go on from a template (docs/clones.md); what it writes to its disks
+                                              is forgotten at its end, unless --keep-overlays or a machine.yaml
+                                              says where it goes
+  vmmctl up --incoming file:/run/web.state    go on from a state that left RAM in memory_file (docs/qemu-and-xen.md)
   vmmctl up machine.yaml > boot.log           no terminal: the console's output in a file
 
 exit status: the VM's, which is 0 after the guest powered off; 1 an error, or the VM ended abnormally;
@@ -38,10 +50,17 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     about = "default: machine.yaml; -: standard input"
-    p.add_argument("file", metavar="FILE", nargs="?", default="machine.yaml", help=about)
+    about = "default: machine.yaml, or with --incoming file:DIR the template's own; -: standard input"
+    p.add_argument("file", metavar="FILE", nargs="?", help=about)
     p.add_argument("-d", "--detach", action="store_true", help="return when the VM runs, leave it in the background")
     p.add_argument("--paused", action="store_true", help="do not run the CPUs yet")
     p.add_argument("--name", help="instead of the file's name:")
+    about = "go on from a template, file:DIR; defer: from the one that QMP's migrate-incoming will name"
+    p.add_argument("--incoming", metavar="URI", help=about)
+    p.add_argument("--same-id", action="store_true", help="of --incoming: the guest keeps its VM generation ID")
+    p.add_argument("--generation-id", type=bytes.fromhex, help=argparse.SUPPRESS)
+    about = "of --incoming: overlays stay, as FOLDER/NAME-ID.overlay"
+    p.add_argument("--keep-overlays", metavar="FOLDER", type=Path, help=about)
     p.add_argument("--accel", choices=["auto", "kvm", "box"], help="instead of the file's accel:")
     # For the supervisor of a VM in the box: what happens, as JSON lines, instead of the console.
     p.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
@@ -59,25 +78,64 @@ def run(args: argparse.Namespace) -> int:
 
     pid, line = daemon.fork()
     try:
-        return _run(args, pid, line)
+        return _start(args, pid, line, *_machine(args))
     finally:
         line.close()
 
 
-def _run(args: argparse.Namespace, pid: int, line: socket.socket) -> int:
-    from motorcade.orchestrator import accel, config, daemon, hostcheck, rundir
+def start(args: argparse.Namespace, machine: Machine, source: Source, incoming: Incoming | None) -> int:
+    """Starts ``machine`` as ``up`` does; its exit status. Errors: UserError."""
+    from motorcade.orchestrator import daemon
+
+    pid, line = daemon.fork()
+    try:
+        return _start(args, pid, line, machine, source, incoming)
+    finally:
+        line.close()
+
+
+def _start(
+    args: argparse.Namespace,
+    pid: int,
+    line: socket.socket,
+    machine: Machine,
+    source: Source,
+    incoming: Incoming | None,
+) -> int:
+    from motorcade.orchestrator import accel, daemon, hostcheck, rundir
     from motorcade.orchestrator.commands.foreground import Foreground, Reporter
 
     gc.freeze()
     gc.enable()
-    machine, source = config.load(args.file, name=args.name, accel=args.accel)
-    hostcheck.check(machine, source)
+    hostcheck.check(machine, source, incoming)
     # A VM of that name is the more likely mistake, and quicker to see, than what follows.
     if (vm := rundir.find(machine.name)) is not None and vm.alive:
         raise rundir.Running(f"{machine.name} is running already; --name starts another from the same file")
     chosen = accel.choose(machine.accel)
     if chosen.reason:
         tell(f"{chosen.reason}; running {machine.name} in the box (accel: kvm insists)")
-    daemon.start(line, daemon.Order(machine, str(source.path.absolute()), chosen.name, args.paused))
+    daemon.start(line, daemon.Order(machine, str(source.path.absolute()), chosen.name, args.paused, incoming))
     front = Reporter if args.report else Foreground
     return front(machine.name, pid, line, detach=args.detach).run()
+
+
+def _machine(args: argparse.Namespace) -> tuple[Machine, Source, Incoming | None]:
+    """What to start, and what of a template it needs. Errors: UserError."""
+    from motorcade.orchestrator import config, restore
+    from motorcade.orchestrator.frozendisks import Incoming
+
+    if not args.incoming and (args.same_id or args.keep_overlays):
+        raise UserError("--same-id and --keep-overlays go with --incoming", EXIT_USAGE)
+    generation_id = b"" if args.same_id else args.generation_id or os.urandom(restore.GENERATION_ID)
+    if not args.incoming or args.incoming == "defer":
+        machine, source = config.load(args.file or "machine.yaml", name=args.name, accel=args.accel)
+        return machine, source, Incoming(generation_id=generation_id) if args.incoming else None
+    plan = restore.read(restore.uri_path(args.incoming))
+    machine, source = plan.machine, plan.source
+    if args.file is not None:
+        machine, source = config.load(args.file, name=args.name, accel=args.accel)
+        restore.check(machine, source, plan)
+    else:
+        machine = restore.renamed(plan.machine, name=args.name, accel=args.accel)
+    overlays = args.keep_overlays.absolute() if args.keep_overlays else None
+    return machine, source, restore.incoming(machine, plan, generation_id=generation_id, overlays=overlays)

@@ -1,0 +1,198 @@
+"""The processes of a VM from its supervisor's side: forked, given their Boot, looked up, killed.
+
+What happens when one of them says something or ends is supervisor.py's.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from motorcade.orchestrator import pagers
+from motorcade.orchestrator.pagers import PagerKeeper
+from motorcade.orchestrator.resources import NO_SLOT, Resources, slot_info, slot_number
+from motorcade.orchestrator.spawn import Child, Helper, Main, load_mains, spawn
+from motorcade.proto import boot, schema
+from motorcade.proto.versions import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from motorcade.orchestrator.machine import Machine
+    from motorcade.orchestrator.rundir import RunDir
+
+log = logging.getLogger("motorcade.supervisor")
+
+
+class Watcher(Protocol):
+    """Who has new processes watched: ``pidfd`` and ``link`` become readable."""
+
+    def watch(self, child: Child) -> None:
+        """A child has been forked."""
+
+
+class Processes:
+    """All of a VM but its supervisor. Owns them until ``close``."""
+
+    def __init__(self, machine: Machine, run: RunDir, resources: Resources, watcher: Watcher) -> None:
+        """Forks nothing yet."""
+        self.machine, self.run_dir, self.resources, self.watcher = machine, run, resources, watcher
+        self.core: Child | None = None
+        self.pager: PagerKeeper | None = None
+        self.sidecars: dict[str, Child] = {}
+        self.helpers: list[Helper] = []  # programs that backends need: passt
+        self._mains: dict[str, Main] = {}
+        self._logs: list[int] = []
+
+    def load(self) -> None:
+        """Warm start: what is imported here, no child has to. Frozen, so that the garbage collector's writes do not
+        copy every page of it in every child."""
+        kinds = {device.kind for device in self.resources.devices}
+        self._mains = load_mains(kinds | ({"pager"} if self.resources.incoming is not None else set()))
+        gc.collect()
+        gc.freeze()
+
+    def fork_all(self) -> None:
+        """The sidecars first: the core's Boot names their pids."""
+        for device in self.resources.devices:
+            self.sidecars[device.id] = self._fork(device.role, device.id, self._mains[device.kind])
+        if self.resources.incoming is not None and not self.resources.in_place:
+            self.pager = PagerKeeper(
+                lambda: self._fork(pagers.ID, pagers.ID, self._mains["pager"]),
+                self._send_boot,
+                int(self.machine.memory),
+                eager=not self.resources.lazy,
+            )
+            self.pager.start()
+        self.core = self._fork("core", "", self._mains["core"])
+
+    def _fork(self, role: str, device_id: str, main: Main) -> Child:
+        """A child, watched."""
+        log_fd = self.run_dir.open_log(role)
+        self._logs.append(log_fd)
+        child = spawn(role, device_id, self.machine.name, main, log_fd)
+        self.watcher.watch(child)
+        log.debug("%s is pid %d", role, child.pid)
+        return child
+
+    def boot_machine(self, *, paused: bool) -> None:
+        """Core, sidecars and, where its template is known, a pager that fills memory on demand: all set to work side
+        by side. The control socket listens already, so it does not matter who is first."""
+        self._boot_core(paused=paused)
+        # Before the sidecars: it has most to do.
+        if self.pager is not None and not self.pager.eager and self.resources.template:
+            self.boot_pager()
+        for device in self.resources.devices:
+            self._send_boot(self.sidecars[device.id], device.boot, self.resources.sidecar_fds(device))
+
+    def _boot_core(self, *, paused: bool) -> None:
+        assert self.core is not None
+        machine, resources, incoming = self.machine, self.resources, self.resources.incoming
+        slots = [
+            schema.Slot(d.id, d.kind, slot_number(d), d.queues, self.sidecars[d.id].pid, slot_info(d))
+            for d in resources.devices
+        ]
+        if self.pager is not None and self.pager.child is not None:
+            slots.append(schema.Slot(pagers.ID, "pager", NO_SLOT, 0, self.pager.child.pid))
+        role = schema.CoreBoot(
+            uuid=machine.uuid or "",
+            cpus=machine.cpus,
+            cmdline=machine.kernel.cmdline,
+            devices=tuple(slots),
+            uart=next((d.id for d in resources.devices if d.slot is None), ""),
+            paused=paused,
+            kernel_path=machine.kernel.image,
+            initrd_path=machine.kernel.initrd or "",
+            on_reboot=machine.on_reboot,
+            generation_id=incoming.generation_id if incoming is not None else b"",
+            defer=incoming is not None and not incoming.template,
+        )
+        self._send_boot(self.core, role, resources.core_fds())
+
+    def boot_pager(self) -> None:
+        """The template is known, and open."""
+        incoming = self.resources.incoming
+        assert self.pager is not None
+        assert incoming is not None
+        self.pager.boot(self.resources.pager_fds(), len(incoming.memory) - 1, incoming.start)
+
+    def _send_boot(self, child: Child, role: schema.Role, fds: dict[str, int]) -> None:
+        """A child that is gone already shows by its pidfd, not here."""
+        message = schema.Boot(
+            protocol_version=PROTOCOL_VERSION,
+            vm_name=self.machine.name,
+            control_socket=str(self.run_dir.path / "core.sock"),
+            regions=tuple(self.resources.regions),
+            log_level=self.machine.log_level,
+            role=role,
+            incoming=self.resources.incoming is not None,
+            lazy=self.resources.lazy,
+        )
+        log_fd = self.run_dir.open_log(child.role)
+        try:
+            boot.send_boot(child.link, message, {**fds, "log": log_fd})
+        except boot.BootError as e:
+            log.error("%s: %s", child.role, e)
+            child.kill()
+        finally:
+            os.close(log_fd)
+
+    def all(self) -> list[Child]:
+        """Every process of the VM but its supervisor."""
+        pager = [self.pager.child] if self.pager is not None and self.pager.child is not None else []
+        return [*([self.core] if self.core else []), *pager, *self.sidecars.values()]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """For state.json and for a person."""
+        return [process.describe() for process in (*self.all(), *self.helpers)]
+
+    @property
+    def is_deferred(self) -> bool:
+        """Started to wait for a template, which has not been named yet."""
+        return self.resources.incoming is not None and not self.resources.template
+
+    def booted(self) -> list[Child]:
+        """The processes that have had their Boot, or will have it before anything else happens."""
+        pager = self.pager.child if self.pager is not None else None
+        return [child for child in self.all() if child is not pager or not self.is_deferred]
+
+    def is_pager(self, child: Child) -> bool:
+        """Whether it is the present pager."""
+        return self.pager is not None and child is self.pager.child
+
+    def by_device(self, device_id: str) -> Child | None:
+        """The sidecar of that device, or the pager."""
+        return next((child for child in self.all() if child.device_id == device_id and child is not self.core), None)
+
+    def tell_core(self, life: schema.Life, fds: Sequence[int] = ()) -> None:
+        """A core that is gone shows by its pidfd."""
+        if self.core is not None and self.core.alive:
+            boot.send_life(self.core.link, life, fds)
+
+    def replace_pager(self) -> None:
+        """Another one, with what the last one had. The core has to know of it before it says hello."""
+        assert self.pager is not None
+        child = self.pager.replace()
+        self.tell_core(schema.SidecarReplaced(pagers.ID, child.pid))
+        self.pager.resume()
+
+    def kill_all(self) -> None:
+        """At once. They are reaped when their pidfds say so, or by ``close``."""
+        for child in self.all():
+            if child.alive:
+                child.kill()
+
+    def close(self) -> None:
+        """Ends what is left of them."""
+        self.kill_all()
+        for child in self.all():
+            if child.alive:
+                child.reap()
+                child.close()
+        if self.pager is not None:
+            self.pager.close()
+        for helper in self.helpers:
+            helper.end()
+        for fd in self._logs:
+            os.close(fd)
