@@ -51,8 +51,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # Built here: what the box builds is forgotten with it.
         from harness import images
 
-        images.initrd()
-        images.rootfs()
+        generic = any("generic_linux" in getattr(item, "fixturenames", ()) for item in delegation.items.values())
+        images.prepare([images.CLOUD, images.GENERIC] if generic else [images.CLOUD])
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from harness.disk import ENGINES, FLUSH, IOERR, OK, UNMAP, Disk, Driver, header, pattern, small_tmpfs
+from harness.disk import ENGINES, FLUSH, IOERR, OK, UNMAP, Disk, exercise, header, pattern, small_tmpfs
 from harness.sidecar import SidecarGone
 from motorcade.sidecars.blk import overlay
 
@@ -32,38 +31,6 @@ def usage(path: Path, base: Path) -> overlay.Usage:
     """What `check` says."""
     with path.open("rb") as o, base.open("rb") as b:
         return overlay.check(o.fileno(), b.fileno())
-
-
-def exercise(d: Driver, model: bytearray, rng: random.Random, rounds: int) -> None:
-    """Random requests of every kind and size, in batches whose requests share blocks but no sectors."""
-    sectors = len(model) // 512
-    for _ in range(rounds):
-        batch, reads = [], []
-        at = rng.randrange(0, sectors // 2)
-        for _ in range(rng.randint(1, 12)):
-            n = rng.choice([1, 1, 1, 2, 7, 8, 8, 16, 64, 200])
-            n = min(n, sectors - at)
-            if n == 0:
-                break
-            span = slice(at * 512, (at + n) * 512)
-            kind = rng.randrange(4)
-            if kind == 0:
-                r = d.submit_read(at * 512, n * 512)
-                reads.append((r, bytes(model[span])))
-            elif kind == 3:
-                r = d.queue.submit([header(13), struct.pack("<QII", at, n, rng.choice([0, UNMAP]))], [1])
-                model[span] = bytes(n * 512)
-            else:
-                data = rng.randbytes(n * 512)
-                r = d.submit_write(at * 512, data)
-                model[span] = data
-            batch.append(r)
-            at += n + rng.choice([0, 0, 0, 1, 8])
-        d.run_all(batch)
-        for r, expected in reads:
-            assert r.data[0] == expected
-        if rng.random() < 0.2:
-            assert d.flush() == OK
 
 
 @pytest.mark.parametrize("direct", [False, True])

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import select
 import shutil
+import socket
+import sys
 import tempfile
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +21,7 @@ import pytest
 from harness.console import TIMEOUT, SerialSidecar, read_exactly, uart_sidecar
 from harness.uart_ring import RX_SIZE, TX_SIZE, UartRing
 from motorcade.core._native import ffi, lib
+from motorcade.proto import messages as m
 
 THR = RBR = 0
 IIR_FCR, LSR = 2, 5
@@ -25,14 +31,30 @@ LSR_DR, LSR_THRE = 0x01, 0x20
 class Guest:
     """A driver that polls the 16550's registers, and the core's main loop that polls ``uart.rx``."""
 
-    def __init__(self, ring: UartRing) -> None:
+    def __init__(self, ring: UartRing, state: bytes = b"") -> None:
+        """``state``: of a chip in another process, as ``save`` gave it. Nothing moves before ``poll`` then."""
         self.rx_event = ring.rx_event
         self.uart = ffi.new("struct mc_uart *")
         assert lib.mc_uart_init(self.uart, -1, 4) == 0
         self.ring = lib.mc_uart_ring_map(ring.fd)
         assert self.ring != ffi.NULL
+        if state:
+            regs = ffi.new("struct mc_uart_regs *")
+            ffi.buffer(regs)[:] = state
+            assert lib.mc_uart_restore(self.uart, regs) == 0
         lib.mc_uart_attach(self.uart, self.ring, ring.tx_event, ring.rx_event)
-        lib.mc_uart_write(self.uart, IIR_FCR, 1)
+        if not state:
+            lib.mc_uart_write(self.uart, IIR_FCR, 1)
+
+    def poll(self) -> None:
+        """The core at start and at resume."""
+        lib.mc_uart_poll(self.uart)
+
+    def save(self) -> bytes:
+        """The chip's part of a snapshot."""
+        regs = ffi.new("struct mc_uart_regs *")
+        lib.mc_uart_save(self.uart, regs)
+        return bytes(ffi.buffer(regs))
 
     def _core(self, deadline: float, what: str) -> None:
         if not select.select([self.rx_event], [], [], max(0, deadline - time.monotonic()))[0]:
@@ -137,3 +159,44 @@ def test_wake_up_is_never_missed(short: Path) -> None:
             if i % 10 == 0:
                 assert not select.select([client], [], [], 0.002)[0]
         assert ring.rx_filled == 0
+
+
+def test_snapshot_of_chip_and_sidecar_has_each_byte_once(short: Path) -> None:
+    """Six machines, each made from a snapshot of the one before, which goes on for a while as well."""
+    typed = b"".join(b"%07d\n" % i for i in range(6 * 6000 // 8))
+    printed = b"".join(b"%07d\n" % i for i in range(6 * 8000 // 8))
+    taken = b""
+    chip, console = b"", None
+    for i in range(6):
+        with (
+            uart_sidecar(short, incoming=console is not None) as (sidecar, ring),
+            contextlib.closing(Guest(ring, chip)) as guest,
+            sidecar.client() as client,
+        ):
+            if console is not None:
+                sidecar.ask(m.Load(console))
+                assert (guest.save(), sidecar.save()) == (chip, console), "nothing moves before the resume"
+                sidecar.resume()
+            guest.poll()
+            client.sendall(typed[6000 * i : 6000 * (i + 1)])
+            # Ever more stays behind, in FIFO and ring.
+            taken += guest.read(5500)
+            sidecar.poll_until(functools.partial(all_read, client), "the sidecar to have read it")
+            guest.print(printed[8000 * i : 8000 * (i + 1)])
+            # The vCPUs are parked, and the core does not poll, from here on.
+            sidecar.quiesce()
+            chip, console = guest.save(), sidecar.save()
+            sidecar.resume()
+            guest.poll()
+            rest = 500 * (i + 1)
+            assert taken + guest.read(rest) == typed[: 6000 * (i + 1)]
+            assert not lib.mc_uart_read(guest.uart, LSR) & LSR_DR
+            everything = printed[: 8000 * (i + 1)]
+            assert read_exactly(client.fileno(), len(everything)) == everything
+    assert console is not None
+    assert console.data.count(printed) == 1
+
+
+def all_read(sock: socket.socket) -> bool:
+    """The other end has read all that was sent."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder) == 0

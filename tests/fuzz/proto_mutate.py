@@ -36,6 +36,7 @@ def _samples() -> None:
         m.BlkBoot("disk0", "/x.img", serial="abc"),
         m.NetBoot("net0", b"\x52\x54\0\0\0\1"),
         m.SerialBoot("com1", "uart", "pty"),
+        m.KitBoot("rng0", "rng", '{"rate": 1}'),
     ]
     boots = [m.Boot(1, "vm", "/run/x", (Region(0, 4096, 0),), "INFO", role, ("memory", "log")) for role in roles]
     _SAMPLES.extend((m.decode_boot, m.encode_boot(boot)) for boot in boots)

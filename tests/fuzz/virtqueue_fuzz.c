@@ -148,7 +148,7 @@ static uint64_t popped, broken;
 
 static void round_of(struct rng *r, bool racing)
 {
-	struct mc_mem mem = {.n = 2, .regions = {{0, LOW, low}, {HIGH_GPA, HIGH, high}}};
+	struct mc_mem mem = {.n = 2, .regions = {{0, LOW, low, 0}, {HIGH_GPA, HIGH, high, LOW}}};
 	struct mc_isr isr = {0};
 	struct iovec iov[CHAIN];
 	struct mc_vq vq = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,32 @@ def host(tmp_path: Path) -> Iterator[VmHost]:
         yield h
 
 
+Machine = Callable[..., dict[str, Any]]
+
+
 @pytest.fixture
-def linux() -> Callable[..., dict[str, Any]]:
+def linux() -> Machine:
     """A machine.yaml with Debian's unmodified kernel; arguments are its fields."""
+    return partial(_machine, images.CLOUD)
 
-    def make(name: str = "linux", *, cmdline: str = "", **fields: Any) -> dict[str, Any]:
-        kernel = {
-            "image": str(images.kernel().image),
-            "initrd": str(images.initrd()),
-            # quiet: each character on an emulated serial port is an exit, and a box multiplies its cost.
-            "cmdline": f"console=ttyS0 quiet panic=-1 {cmdline}".strip(),
-        }
-        return {"name": name, "memory": "256M", "cpus": 1, "kernel": kernel, **fields}
 
-    return make
+@pytest.fixture
+def generic_linux() -> Machine:
+    """The same with Debian's generic kernel, which has the driver of the VM generation ID."""
+    return partial(_machine, images.GENERIC)
+
+
+def _machine(
+    flavour: images.Flavour, name: str = "linux", *, cmdline: str = "", load: bool = False, **fields: Any
+) -> dict[str, Any]:
+    """``load``: the guest has the program that works and checks itself."""
+    kernel = {
+        "image": str(images.kernel(flavour).image),
+        "initrd": str(images.initrd(flavour, load=load)),
+        # quiet: each character on an emulated serial port is an exit, and a box multiplies its cost.
+        "cmdline": f"console=ttyS0 quiet panic=-1 {cmdline}".strip(),
+    }
+    return {"name": name, "memory": "256M", "cpus": 1, "kernel": kernel, **fields}
 
 
 @pytest.fixture

@@ -37,9 +37,17 @@ extern char ap_start[], ap_end[];
 extern void do_halt(void), do_enable_interrupts(void), do_cpuid(void), do_triple_fault(void), do_unemulated(void);
 
 void *memcpy(void *to, const void *from, size_t n);
+void *memset(void *to, int c, size_t n);
 void put(char c);
 void puts(const char *s);
 void put_hex(uint64_t v);
+uint64_t number(const char *s);
+/* FIRST:SECOND; returns the second's text */
+const char *pair(const char *arg, uint64_t *first);
+
+/* Words (serve.c) */
+void do_ram(const char *arg);
+void do_serve(const char *arg);
 
 /* Routes a GSI, edge-triggered, to IRQ_VECTOR on the boot processor and turns interrupts on. */
 void enable_irq(unsigned gsi);

@@ -26,6 +26,23 @@ void put_hex(uint64_t v)
 	puts(p);
 }
 
+uint64_t number(const char *s)
+{
+	uint64_t v = 0;
+
+	for (; *s >= '0' && *s <= '9'; s++)
+		v = v * 10 + (*s - '0');
+	return v;
+}
+
+const char *pair(const char *arg, uint64_t *first)
+{
+	*first = number(arg);
+	while (*arg++ != ':')
+		;
+	return arg;
+}
+
 void enable_irq(unsigned gsi)
 {
 	write32(LAPIC + 0xf0, 0x1ff);		/* spurious vector 0xff, software enable */

@@ -20,24 +20,6 @@ static const char *word;	/* the next one to do */
 static const struct start_info *boot;
 static volatile uint32_t ap_alive;
 
-static uint64_t number(const char *s)
-{
-	uint64_t v = 0;
-
-	for (; *s >= '0' && *s <= '9'; s++)
-		v = v * 10 + (*s - '0');
-	return v;
-}
-
-/* FIRST:SECOND; returns the second's text */
-static const char *pair(const char *arg, uint64_t *first)
-{
-	*first = number(arg);
-	while (*arg++ != ':')
-		;
-	return arg;
-}
-
 static void sleep_for_good(void)
 {
 	for (;;)
@@ -335,6 +317,7 @@ static const struct { const char *name; void (*run)(const char *arg); } words[] 
 	{ "peek", do_peek }, { "poke", do_poke }, { "wide", do_wide }, { "irq", do_irq }, { "await", do_await },
 	{ "isr", do_isr }, { "kicks", do_kicks }, { "fault", do_fault }, { "bad", do_bad }, { "smp", do_smp },
 	{ "cpuid", do_cpuid_word }, { "out", do_out }, { "store", do_store }, { "load", do_load }, { "initrd", do_initrd },
+	{ "ram", do_ram }, { "serve", do_serve },
 };
 
 static const char *match(const char *text, const char *name)

@@ -45,7 +45,8 @@ def read_until(fd: int, end: bytes, timeout: float = TIMEOUT) -> bytes:
 
 
 class SerialSidecar(Sidecar):
-    """The sidecar with a console socket. ``backend`` is an open CharBackend, owned by the caller."""
+    """The sidecar with a console socket. ``backend`` is an open CharBackend, owned by the caller. ``incoming`` and
+    ``predecessor`` as for Sidecar; a ring is never a predecessor's."""
 
     def __init__(
         self,
@@ -57,6 +58,8 @@ class SerialSidecar(Sidecar):
         scrollback: int = 65536,
         cold: bool = False,
         wait: bool = True,
+        incoming: bool = False,
+        predecessor: Sidecar | None = None,
     ) -> None:
         self.console_path = console
         self._console = charbackend.open_socket(console)
@@ -65,7 +68,10 @@ class SerialSidecar(Sidecar):
             fds["backend"] = backend_fd
         role = SerialBoot("con0", "uart" if ring else "virtio", backend, scrollback)
         try:
-            super().__init__("serial", role, fds, queues=0 if ring else 2, cold=cold, wait=wait)
+            queues = 0 if ring else 2
+            super().__init__(
+                "serial", role, fds, queues=queues, cold=cold, wait=wait, incoming=incoming, predecessor=predecessor
+            )
         except BaseException:
             self._console.close()
             raise
@@ -106,12 +112,19 @@ def uart_sidecar(
     scrollback: int = 65536,
     start: tuple[int, int] = (0, 0),
     cold: bool = False,
+    incoming: bool = False,
 ) -> Iterator[tuple[SerialSidecar, UartRing]]:
     """A sidecar of flavour uart and the core's end of its rings, both empty at positions ``start``."""
     with UartRing() as ring:
         ring.set_start(*start)
         path = directory / "c.sock"
         with SerialSidecar(
-            path, ring=ring, backend=backend, backend_fd=backend_fd, scrollback=scrollback, cold=cold
+            path,
+            ring=ring,
+            backend=backend,
+            backend_fd=backend_fd,
+            scrollback=scrollback,
+            cold=cold,
+            incoming=incoming,
         ) as sidecar:
             yield sidecar, ring

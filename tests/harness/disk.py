@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,7 +83,8 @@ class Driver:
 
 
 class Disk(Sidecar):
-    """A blk sidecar on ``path``, with ``overlay`` over it if one is given, which is made if it does not exist."""
+    """A blk sidecar on ``path``, with ``overlay_path`` over it if one is given, which is made if it does not exist, and
+    read-only overlays ``layers``, the lowest first, between them."""
 
     def __init__(
         self,
@@ -98,14 +100,20 @@ class Disk(Sidecar):
         memory: Memory | None = None,
         cold: bool = False,
         wait: bool = True,
+        layers: Sequence[Path] = (),
+        incoming: bool = False,
+        predecessor: Sidecar | None = None,
     ) -> None:
         flags = os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         mode = os.O_RDONLY if readonly or overlay_path else os.O_RDWR
         fds = {"disk": os.open(path, mode | flags)}
         try:
+            below = fds["disk"]
+            for i, layer in enumerate(layers):
+                below = fds[f"layer.{i}"] = os.open(layer, os.O_RDONLY | flags)
             if overlay_path:
                 if not overlay_path.exists():
-                    overlay.create(overlay_path, fds["disk"])
+                    overlay.create(overlay_path, below, layer=bool(layers))
                 fds["overlay"] = os.open(overlay_path, os.O_RDWR | flags)
             role = BlkBoot(
                 device_id="disk0",
@@ -117,8 +125,19 @@ class Disk(Sidecar):
                 queues=queues,
                 discard=discard,
                 io_engine=engine,
+                layers=len(layers),
             )
-            super().__init__("blk", role, fds, queues=queues, memory=memory, cold=cold, wait=wait)
+            super().__init__(
+                "blk",
+                role,
+                fds,
+                queues=queues,
+                memory=memory,
+                cold=cold,
+                wait=wait,
+                incoming=incoming,
+                predecessor=predecessor,
+            )
         finally:
             for fd in fds.values():
                 os.close(fd)
@@ -135,6 +154,38 @@ class Disk(Sidecar):
 def pattern(size: int, seed: int = 1) -> bytes:
     """Bytes of which each sector is different and says where it came from."""
     return b"".join(struct.pack("<QQ", seed, n) * 32 for n in range(size // SECTOR))
+
+
+def exercise(d: Driver, model: bytearray, rng: random.Random, rounds: int) -> None:
+    """Random requests of every kind and size, in batches whose requests share blocks but no sectors."""
+    sectors = len(model) // 512
+    for _ in range(rounds):
+        batch, reads = [], []
+        at = rng.randrange(0, sectors // 2)
+        for _ in range(rng.randint(1, 12)):
+            n = rng.choice([1, 1, 1, 2, 7, 8, 8, 16, 64, 200])
+            n = min(n, sectors - at)
+            if n == 0:
+                break
+            span = slice(at * 512, (at + n) * 512)
+            kind = rng.randrange(4)
+            if kind == 0:
+                r = d.submit_read(at * 512, n * 512)
+                reads.append((r, bytes(model[span])))
+            elif kind == 3:
+                r = d.queue.submit([header(WRITE_ZEROES), extent(at, n, rng.choice([0, UNMAP]))], [1])
+                model[span] = bytes(n * 512)
+            else:
+                data = rng.randbytes(n * 512)
+                r = d.submit_write(at * 512, data)
+                model[span] = data
+            batch.append(r)
+            at += n + rng.choice([0, 0, 0, 1, 8])
+        d.run_all(batch)
+        for r, expected in reads:
+            assert r.data[0] == expected
+        if rng.random() < 0.2:
+            assert d.flush() == OK
 
 
 FSOPEN_CLOEXEC = FSMOUNT_CLOEXEC = 1

@@ -6,6 +6,7 @@ descriptor can be written raw. It is slow, and for correctness only; bench/nativ
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import struct
@@ -36,13 +37,16 @@ class LostInterrupt(AssertionError):
 
 
 class Memory:
-    """Guest RAM: a sealed memfd, mapped, with an allocator of power-of-two sizes. Owns ``fd``."""
+    """Guest RAM: a sealed memfd, mapped, with an allocator of power-of-two sizes, and its dirty log. Owns both fds."""
 
     def __init__(self, size: int = 16 << 20, regions: Sequence[Region] | None = None) -> None:
         self.regions = list(regions) if regions else layout(size)
         self.fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, max(r.offset + r.size for r in self.regions))
         self.map = GuestMemory(self.fd, self.regions)
+        self.dirty_fd = os.memfd_create("dirty", os.MFD_CLOEXEC)
+        os.ftruncate(self.dirty_fd, -(-os.fstat(self.fd).st_size // (4096 * 64)) * 8)
+        self._dirty = mmap.mmap(self.dirty_fd, 0)
         self._free: dict[int, list[int]] = {}
         self._next = self.regions[0].gpa + 0x1000  # 0 is never a buffer: a forgotten address shows
         self._end = self.regions[0].gpa + self.regions[0].size
@@ -62,9 +66,27 @@ class Memory:
         """Gives back what ``alloc(size)`` returned."""
         self._free.setdefault(1 << max(size - 1, 15).bit_length(), []).append(gpa)
 
+    def take_dirty(self) -> set[int]:
+        """The pages of the memfd that the dirty log names, which is empty then. Only while nothing writes: this is no
+        atomic exchange."""
+        bits = int.from_bytes(self._dirty[:], "little")
+        self._dirty[:] = bytes(len(self._dirty))
+        found = set()
+        while bits:
+            lowest = bits & -bits
+            found.add(lowest.bit_length() - 1)
+            bits ^= lowest
+        return found
+
+    def pages(self) -> list[bytes]:
+        """All of guest memory, by pages of the memfd."""
+        size = os.fstat(self.fd).st_size
+        return [os.pread(self.fd, 4096, at) for at in range(0, size, 4096)]
+
     def close(self) -> None:
-        """Closes the memfd; the mapping goes with the object."""
+        """Closes the memfds; the mappings go with the object."""
         os.close(self.fd)
+        os.close(self.dirty_fd)
 
 
 @dataclass

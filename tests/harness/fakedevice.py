@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 from motorcade.proto.memory import GuestMemory
-from motorcade.proto.messages import BlkBoot, Boot, QueueStats, StatsReport
+from motorcade.proto.messages import BlkBoot, Boot, DeviceState, QueueState, QueueStats, StatsReport
 from motorcade.sidecars import _blk
 from motorcade.sidecars.device import BrokenQueue, Device, QueueConfig
 
@@ -14,7 +14,8 @@ from motorcade.sidecars.device import BrokenQueue, Device, QueueConfig
 class FakeDevice(Device):
     """``refuse``: does not start; ``crash``: run() raises; ``return``: run() returns unasked; ``stuck``: run() goes on
     after stop() until the descriptor ``pipe`` is written to; ``close-fails``; ``uart``: always on, and no virtio
-    device."""
+    device; ``slow``: quiesce() waits for ``pipe``; ``restless``: quiesce() fails as long as configuration byte 2 is 0.
+    Configuration byte 3 of an always-on device is 1 while it holds; its state is configuration byte 4."""
 
     ffi, lib = _blk.ffi, _blk.lib
 
@@ -60,6 +61,24 @@ class FakeDevice(Device):
     def reset(self) -> None:
         self._config[1] = 0
         self._broken.clear()
+
+    def quiesce(self) -> None:
+        if self.behaviour == "slow":
+            os.read(self.fds["pipe"], 1)
+        if self.behaviour == "restless" and not self._config[2]:
+            raise OSError(28, "No space left on device")
+        self._config[3] = self.always_on
+
+    def resume(self) -> None:
+        self._config[3] = 0
+
+    def save(self) -> DeviceState:
+        return DeviceState(1, bytes(self._config[4:5]), tuple(QueueState(i, 7, 7) for i in range(self._config[1])))
+
+    def load(self, state: DeviceState) -> None:
+        if state.version != 1 or len(state.data) != 1:
+            raise ValueError("no state of a fake device")
+        self._config[4] = state.data[0]
 
     def broken_queues(self) -> list[BrokenQueue]:
         return list(self._broken)

@@ -12,11 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from motorcade.orchestrator.box.cpio import Archive
-from motorcade.orchestrator.box.kernel import Kernel, ensure_kernel
+from motorcade.orchestrator.box.kernel import CLOUD, GENERIC, Flavour, Kernel, ensure_kernel
 from motorcade.orchestrator.box.paths import cache_dir, locked
 
 Files = dict[str, bytes | str]
@@ -33,20 +33,44 @@ _INITTAB = b"::sysinit:/bin/rc\n"
 _POWER_BUTTON = b"#!/bin/sh\nsync\nmount -o remount,ro /\npoweroff -f\n"
 
 
-def kernel() -> Kernel:
-    """Debian's cloud kernel, unmodified; ``kernel().image`` is its bzImage."""
-    return ensure_kernel(_say)
+def kernel(flavour: Flavour = CLOUD) -> Kernel:
+    """Debian's kernel, unmodified; ``kernel().image`` is its bzImage."""
+    return ensure_kernel(_say, flavour)
 
 
-def initrd() -> Path:
-    """An initramfs that loads the virtio drivers, then mounts ``root=`` or runs the agents itself."""
-    linux = kernel()
+def prepare(flavours: Iterable[Flavour] = (CLOUD,)) -> None:
+    """Builds all that tests with these kernels need."""
+    for flavour in flavours:
+        initrd(flavour)
+        initrd(flavour, load=True)
+    rootfs()
+
+
+def initrd(flavour: Flavour = CLOUD, *, load: bool = False) -> Path:
+    """An initramfs that loads the virtio drivers, then mounts ``root=`` or runs the agents itself.
+
+    ``load``: with ``load_program``."""
+    linux = kernel(flavour)
     modules = linux.module_files(MODULES)
     files = _tree()
+    if load:
+        files["bin/load"] = load_program().read_bytes()
     files["init"] = (SCRIPTS / "init.sh").read_bytes()
     files["modules/order"] = "".join(f"{path.name}\n" for path in modules).encode()
     files.update({f"modules/{path.name}": path.read_bytes() for path in modules})
-    return _cached("initrd", ".cpio", files, _write_initrd)
+    name = "initrd" + ("-generic" if flavour is GENERIC else "") + ("-load" if load else "")
+    return _cached(name, ".cpio", files, _write_initrd)
+
+
+def load_program() -> Path:
+    """The program that works and checks itself (tests/guests/linux/load.c): static, for any Linux."""
+    source = SCRIPTS / "load.c"
+
+    def build(files: Files, target: Path) -> None:
+        command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-s", "-o", target, source]
+        subprocess.run(command, check=True)
+
+    return _cached("load", "", {"load.c": source.read_bytes()}, build)
 
 
 def rootfs() -> Path:
@@ -135,5 +159,6 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    for path in (kernel().image, initrd(), rootfs()):
+    prepare([CLOUD, GENERIC])
+    for path in (kernel().image, initrd(), kernel(GENERIC).image, initrd(GENERIC), rootfs()):
         print(path)

@@ -11,7 +11,23 @@ from motorcade.proto import messages as m
 
 # The width of an integer is the schema's to say; a field that is not here has 64 bits.
 _BITS = {
-    16: {"protocol_version", "index", "size@Queue", "queue", "cpus", "queues", "queue_pairs", "mtu"},
+    16: {
+        "protocol_version",
+        "index",
+        "size@Queue",
+        "queue",
+        "cpus",
+        "queues",
+        "queue_pairs",
+        "mtu",
+        "last_avail",
+        "used_idx",
+        "error@Queue",
+        "error@QueueState",
+        "version",
+        "layers",
+        "parents",
+    },
     32: {"pid", "virtio_type", "deadline_ms", "offset@ConfigWrite", "scrollback"},
     8: {"status"},
 }

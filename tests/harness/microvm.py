@@ -103,6 +103,7 @@ class MicroVm:
         self.peer = UartPeer()
         if attach:
             self.uart.attach(self.peer.ring_fd, self.peer.tx_event, self.peer.rx_event)
+            self.uart.poll()
         self.vcpus = Vcpus(
             self.vm,
             cpus,

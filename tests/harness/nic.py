@@ -13,7 +13,7 @@ from typing import Self
 from harness.driver import Memory, Queue
 from harness.frames import GUEST_MAC
 from harness.sidecar import Sidecar
-from motorcade.proto.messages import Activate, NetBoot
+from motorcade.proto.messages import Activate, DeviceState, NetBoot
 from motorcade.sidecars._net import lib
 from motorcade.sidecars.device import RING_EVENT_IDX, RING_INDIRECT_DESC
 
@@ -86,12 +86,14 @@ class Nic:
         role = NetBoot(name, mac, pairs, backend, mtu)
         self.sidecar = Sidecar("net", role, fds, queues=2 * pairs + 1, memory=self.memory, cold=cold)
         self.received: deque[Received] = deque()
+        self._ended: list[Sidecar] = []
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.sidecar.close()
+        for sidecar in (self.sidecar, *reversed(self._ended)):
+            sidecar.close()
         self.memory.close()
 
     def up(
@@ -113,15 +115,46 @@ class Nic:
         make = self.sidecar.queue
         self.rx = [make(2 * i, ring, event_idx=event_idx, indirect=indirect) for i in range(pairs)]
         self.tx = [make(2 * i + 1, ring, event_idx=event_idx, indirect=indirect) for i in range(pairs)]
-        queues = [q for pair in zip(self.rx, self.tx, strict=True) for q in pair]
         self.ctrl: Queue | None = None
         if features & bit("CTRL_VQ"):
             self.ctrl = make(2 * pairs, 64, event_idx=event_idx, indirect=indirect)
-            queues.append(self.ctrl)
         for queue in self.rx:
             self.post(queue, buffers)
-        self.sidecar.ask(Activate(self.features, tuple(q.config for q in queues)))
+        self.sidecar.ask(Activate(self.features, tuple(q.config for q in self.queues)))
         return self
+
+    @property
+    def queues(self) -> list[Queue]:
+        """Those that the driver set up."""
+        pairs = [q for pair in zip(self.rx, self.tx, strict=True) for q in pair]
+        return pairs + ([self.ctrl] if self.ctrl else [])
+
+    def end(self) -> DeviceState:
+        """Quiesces, saves and kills the sidecar. The driver and guest memory stay."""
+        self.sidecar.quiesce()
+        state = self.sidecar.save()
+        self.sidecar.kill()
+        return state
+
+    def successor(self, backend: str, fds: Mapping[str, int], *, mac: bytes = GUEST_MAC, mtu: int = 0) -> None:
+        """Starts a sidecar, quiesced and not loaded, in the place of the one that was ended."""
+        old = self.sidecar
+        self._ended.append(old)
+        role = NetBoot(old.role.device_id, mac, self.pairs, backend, mtu)
+        self.sidecar = Sidecar("net", role, fds, queues=2 * self.pairs + 1, incoming=True, predecessor=old)
+
+    def restore(self, state: DeviceState) -> None:
+        """The driver goes on with the successor, which is not resumed yet."""
+        self.sidecar.restore(state, self.queues, self.features)
+
+    def move(self, backend: str, fds: Mapping[str, int], *, mac: bytes = GUEST_MAC) -> DeviceState:
+        """``end``, ``successor``, ``restore`` and resume. The state is as saved again before that: the same."""
+        state = self.end()
+        self.successor(backend, fds, mac=mac)
+        self.restore(state)
+        assert self.sidecar.save() == state
+        self.sidecar.resume()
+        return state
 
     def reset(self) -> None:
         """The driver resets the device; what was in flight is forgotten."""

@@ -14,6 +14,7 @@ from typing import Any
 from motorcade.core.qmp.errors import DeviceNotFound, QmpError
 from motorcade.core.qmp.machine import BlockDevice, CharDevice, RunState, Sidecar, Vcpu
 from motorcade.core.qmp.server import QmpServer
+from motorcade.core.snapshot.plan import Kind, Plan, Report
 from motorcade.proto.messages import Counter, QueueStats, StatsReport
 
 
@@ -29,6 +30,12 @@ class FakeMachine:
         self.done: list[str] = []
         self.failure: Exception | None = None  # what the next pause() raises
         self.waiting: list[Callable[[StatsReport | None], None]] = []  # of sidecar_stats("slow")
+        self.plans: list[Plan] = []  # of snapshot()
+        self.thens: list[Callable[[Report], None] | None] = []  # of snapshot(), as ``plans``
+        self.taken: list[int] = []  # descriptors that are the machine's now
+        self.snapshot_report = Report()
+        self.dump_report = Report()
+        self.incoming: list[tuple[str, Callable[[QmpError | None], None]]] = []
 
     def vcpus(self) -> Sequence[Vcpu]:
         return [Vcpu(0, 1001), Vcpu(1, 1002, core=1)]
@@ -59,6 +66,31 @@ class FakeMachine:
         self.done.append("quit")
         self.run_state = RunState.SHUTDOWN
         self.on_event("SHUTDOWN", {"guest": False, "reason": reason})
+
+    def snapshot(self, plan: Plan, then: Callable[[Report], None] | None = None) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.plans.append(plan)
+        self.thens.append(then)
+        if plan.given >= 0:
+            self.taken.append(plan.given)
+        if plan.kind is Kind.MIGRATION:
+            self.on_event("MIGRATION", {"status": "setup"})
+
+    def load_devices(self, uri: str, given: int, done: Callable[[QmpError | None], None]) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if given >= 0:
+            self.taken.append(given)
+        self.incoming.append((uri, done))
+
+    def cancel_snapshot(self) -> None:
+        self.done.append("cancel")
+
+    def migrate_incoming(self, uri: str, done: Callable[[QmpError | None], None], given: int = -1) -> None:
+        if given >= 0:
+            self.taken.append(given)
+        self.incoming.append((uri, done))
 
     def block_devices(self) -> Sequence[BlockDevice]:
         return [

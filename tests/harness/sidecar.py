@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -41,13 +42,15 @@ class Sidecar:
 
     ``role`` is BlkBoot and the like; ``fds`` are the backend's descriptors by label; ``queues`` is how many get a kick
     descriptor. ``cold``: a new interpreter with ``--boot-fd`` instead of a fork. ``wait``: until its hello. Use it as a
-    context manager.
+    context manager. ``incoming``: it starts quiesced. ``lazy``: its memory fills itself; ``userfaultfd``, when it is
+    ready, is this object's. ``predecessor``: the same device in an earlier process, which has ended; its guest memory,
+    eventfds and InterruptStatus are used on, and stay its own.
     """
 
     def __init__(
         self,
         kind: str,
-        role: m.BlkBoot | m.NetBoot | m.SerialBoot,
+        role: m.BlkBoot | m.NetBoot | m.SerialBoot | m.KitBoot,
         fds: Mapping[str, int],
         *,
         queues: int,
@@ -55,16 +58,26 @@ class Sidecar:
         cold: bool = False,
         wait: bool = True,
         log_level: str = "debug",
+        incoming: bool = False,
+        lazy: bool = False,
+        predecessor: Sidecar | None = None,
     ) -> None:
         self.kind, self.role = kind, role
-        self.memory = memory or Memory()
-        self._owns_memory = memory is None
+        self._predecessor = predecessor
+        self.memory: Memory = memory or (predecessor.memory if predecessor else Memory())
+        self._owns_memory = memory is None and predecessor is None
         self.directory = Path(tempfile.mkdtemp(prefix="mc-"))  # sun_path is short; pytest's directories are not
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
-        self.kicks = [os.eventfd(0, flags) for _ in range(queues)]
-        self.call = os.eventfd(0, flags)
-        self.isr_fd = os.memfd_create("isr", os.MFD_CLOEXEC)
-        os.ftruncate(self.isr_fd, 4096)
+        self.kicks: list[int]
+        self.call: int
+        self.isr_fd: int
+        if predecessor:
+            self.kicks, self.call, self.isr_fd = predecessor.kicks, predecessor.call, predecessor.isr_fd
+        else:
+            self.kicks = [os.eventfd(0, flags) for _ in range(queues)]
+            self.call = os.eventfd(0, flags)
+            self.isr_fd = os.memfd_create("isr", os.MFD_CLOEXEC)
+            os.ftruncate(self.isr_fd, 4096)
         self._isr = map_isr(self.isr_fd)
         self.log_path = self.directory / "log"
         self._log_fd = os.open(self.log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
@@ -74,6 +87,8 @@ class Sidecar:
         self.needs_reset: list[m.NeedsReset] = []
         self.config_changes: list[bytes] = []
         self.exit_status: int | None = None  # as subprocess has it: negative for a signal
+        self.mappings: tuple[m.Mapping, ...] = ()  # of LazyReady
+        self.userfaultfd = -1
         self.stopped: str | None = None  # why Life said that it cannot go on
 
         self.boot_socket, theirs = boot_proto.socketpair()
@@ -88,9 +103,12 @@ class Sidecar:
             regions=tuple(self.memory.regions),
             log_level=log_level,
             role=role,
+            incoming=incoming,
+            lazy=lazy,
         )
         own = {f"kick.{i}": fd for i, fd in enumerate(self.kicks)}
         own |= {"memory": self.memory.fd, "call.0": self.call, "isr": self.isr_fd, "log": self._log_fd}
+        own["dirty"] = self.memory.dirty_fd
         boot_proto.send_boot(self.boot_socket, boot, {**own, **fds})
         if wait:
             try:
@@ -147,10 +165,13 @@ class Sidecar:
         self.server.process()
         if self.exit_status is not None:
             return
-        lives, _ = boot_proto.drain_life(self.boot_socket)
-        for life in lives:
+        lives, _ = boot_proto.drain_life_fds(self.boot_socket)
+        for life, fds in lives:
             if isinstance(life, m.Failed):
                 self.stopped = life.reason
+            elif isinstance(life, m.LazyReady):
+                self.mappings = life.mappings
+                (self.userfaultfd,) = fds
         if select.select([self._child.status], [], [], 0)[0]:
             self.exit_status = os.waitstatus_to_exitcode(int.from_bytes(os.read(self._child.status, 4), "little"))
             self.server.process()  # its last words
@@ -189,17 +210,49 @@ class Sidecar:
 
     def activate(self, queues: Sequence[Queue], features: int | None = None) -> None:
         """DRIVER_OK. ``features`` by default all that was offered, with the ring features that the queues use."""
-        if features is None:
-            features = self.offered & ~(RING_EVENT_IDX | RING_INDIRECT_DESC)
-            features |= RING_EVENT_IDX if all(q.event_idx for q in queues) else 0
-            features |= RING_INDIRECT_DESC if any(q.indirect for q in queues) else 0
+        features = self.accepted(queues) if features is None else features
         self.ask(m.Activate(features, tuple(q.config for q in queues)))
+
+    def accepted(self, queues: Sequence[Queue]) -> int:
+        """The features of a driver that takes all, with the ring features that the queues use."""
+        features = self.offered & ~(RING_EVENT_IDX | RING_INDIRECT_DESC)
+        features |= RING_EVENT_IDX if all(q.event_idx for q in queues) else 0
+        return features | (RING_INDIRECT_DESC if any(q.indirect for q in queues) else 0)
 
     def start(self, size: int = 0, *, count: int = 0, event_idx: bool = True, indirect: bool = False) -> list[Queue]:
         """Queues 0 to ``count`` - 1 (0: all), activated."""
         queues = [self.queue(i, size, event_idx=event_idx, indirect=indirect) for i in range(count or len(self.kicks))]
         self.activate(queues)
         return queues
+
+    # Snapshots, as the core's coordinator asks for them.
+
+    def quiesce(self) -> None:
+        """It comes to rest."""
+        self.ask(m.Quiesce())
+
+    def resume(self) -> None:
+        """It goes on."""
+        self.ask(m.Resume())
+
+    def save(self) -> m.DeviceState:
+        """Its state; it is quiesced."""
+        outcome = self.request(m.Save())
+        assert isinstance(outcome, m.Saved), outcome
+        return outcome.state
+
+    def restore(self, state: m.DeviceState, queues: Sequence[Queue], features: int | None = None) -> None:
+        """Loads and, if it had queues, activates an ``incoming`` sidecar. It stays quiesced."""
+        self.ask(m.Load(state))
+        if not state.queues:
+            return
+        places = {q.index: q for q in state.queues}
+        at = {q.config.index: q.config for q in queues}
+        restored = [
+            dataclasses.replace(at[i], last_avail=q.last_avail, used_idx=q.used_idx, error=q.error)
+            for i, q in places.items()
+        ]
+        self.ask(m.Activate(self.accepted(queues) if features is None else features, tuple(restored), restored=True))
 
     def reset(self) -> None:
         """The driver writes 0 to the device status."""
@@ -278,7 +331,10 @@ class Sidecar:
                 self.kill()
         self.server.close()
         self.boot_socket.close()
-        for fd in [*self.kicks, self.call, self.isr_fd, self._log_fd, self._child.status]:
+        own = [] if self._predecessor else [*self.kicks, self.call, self.isr_fd]
+        if self.userfaultfd >= 0:
+            own.append(self.userfaultfd)
+        for fd in [*own, self._log_fd, self._child.status]:
             os.close(fd)
         self._isr.close()
         if self._owns_memory:
@@ -287,10 +343,13 @@ class Sidecar:
 
 
 def _spawn_cold(kind: str, boot_socket: socket) -> zygote.Child:
-    """``python -m motorcade.sidecars.KIND --boot-fd N``."""
+    """``python -m motorcade.sidecars.KIND --boot-fd N``; MODULE:CLASS for a kind that is not ours."""
     fd = boot_socket.fileno()
-    env = {**os.environ, "PYTHONPATH": f"{zygote.ROOT}:{zygote.ROOT / 'tests'}"}
-    command = [sys.executable, "-m", f"motorcade.sidecars.{kind}", "--boot-fd", str(fd)]
+    env = {**os.environ, "PYTHONPATH": zygote.python_path()}
+    module, _, name = kind.rpartition(":")
+    run = f"from motorcade.sidecars import runtime; import {module} as m; raise SystemExit(runtime.main(m.{name}))"
+    program = ["-c", run] if module else ["-m", f"motorcade.sidecars.{kind}"]
+    command = [sys.executable, *program, "--boot-fd", str(fd)]
     process = subprocess.Popen(command, pass_fds=[fd], env=env, stdin=subprocess.DEVNULL)
     status, theirs = os.pipe2(os.O_CLOEXEC)
 

@@ -165,6 +165,10 @@ class UartRing:
                     self._wait(deadline, f"{len(data)} of {n} bytes of input")
         return data
 
+    def wait_signal(self, timeout: float = 20.0) -> None:
+        """Waits for a signal of the sidecar, whatever it means."""
+        self._wait(time.monotonic() + timeout, "waiting for a signal")
+
     def wait_rx_filled(self, n: int, timeout: float = 20.0) -> None:
         """Waits until ``n`` bytes are in the rx ring, taking none."""
         deadline = time.monotonic() + timeout

@@ -15,12 +15,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from harness.agent import Agent
-from motorcade.orchestrator import config, daemon, hostcheck, lifeline
+from motorcade.orchestrator import config, daemon, hostcheck, lifeline, restore
+from motorcade.orchestrator.frozendisks import Incoming
 from motorcade.orchestrator.qmpclient import QmpClient
 
 DEADLINE = 120.0  # seconds, for anything
@@ -29,18 +30,34 @@ DEADLINE = 120.0  # seconds, for anything
 class Vm:
     """A running VM. Owns the lifeline: the VM ends with this object at the latest."""
 
-    def __init__(self, folder: Path, run_dir: Path, machine: dict[str, Any], *, paused: bool = False) -> None:
-        """Starts it and returns when its vCPUs may run. ``machine`` is what machine.yaml would say."""
+    def __init__(
+        self,
+        folder: Path,
+        run_dir: Path,
+        machine: dict[str, Any],
+        *,
+        paused: bool = False,
+        template: Path | None = None,
+        generation_id: bytes = b"",
+        defer: bool = False,
+    ) -> None:
+        """Starts it and returns when its vCPUs may run. ``machine``: what machine.yaml would say; ``template``: it goes
+        on from there; ``defer``: from one that migrate-incoming is to name."""
         file = folder / f"{machine['name']}.yaml"
         file.write_text(json.dumps(machine))
         parsed, source = config.load(str(file))
-        hostcheck.check(parsed, source)
+        incoming = Incoming(generation_id=generation_id) if defer else None
+        if template is not None:
+            plan = restore.read(template)
+            restore.check(parsed, source, plan)
+            incoming = restore.incoming(parsed, plan, generation_id=generation_id)
+        hostcheck.check(parsed, source, incoming)
         self.name = parsed.name
         self.run_dir = run_dir / self.name
         daemon.preload()  # once, here: a fork then has it all
         with _as_outside_pytest():
             self.pid, self.line = daemon.fork()
-        daemon.start(self.line, daemon.Order(parsed, str(file), "kvm", paused))
+        daemon.start(self.line, daemon.Order(parsed, str(file), "kvm", paused, incoming))
         self._reaped = False
         self._agents: list[Agent] = []
         try:
@@ -50,8 +67,10 @@ class Vm:
             self.close()
             raise
 
-    def await_event(self, event: str, timeout: float = DEADLINE) -> dict[str, Any]:
-        """The supervisor's next message of this kind; others but progress fail the test."""
+    def await_event(
+        self, event: str, timeout: float = DEADLINE, *, passing: Collection[str] = ("progress",)
+    ) -> dict[str, Any]:
+        """The supervisor's next message of this kind; others but ``passing`` fail the test."""
         end = time.monotonic() + timeout
         while True:
             self.line.settimeout(max(0.001, end - time.monotonic()))
@@ -59,7 +78,7 @@ class Vm:
             assert message is not None, f"the supervisor went away before {event}"
             if message["event"] == event:
                 return message
-            assert message["event"] == "progress", message
+            assert message["event"] in passing, message
 
     def console(self, device: str = "ttyS0") -> Agent:
         """The agent in the guest on this console; closed with the VM."""
@@ -70,6 +89,27 @@ class Vm:
     def qmp(self) -> QmpClient:
         """A new QMP connection."""
         return QmpClient(self.run_dir / "qmp.sock", timeout=DEADLINE)
+
+    def attach(self, device: str = "ttyS0") -> socket.socket:
+        """A new connection to this console, the caller's."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(DEADLINE)
+        sock.connect(str(self.run_dir / f"console-{device}.sock"))
+        return sock
+
+    def snapshot(self, target: Path, **options: Any) -> dict[str, Any]:
+        """Takes one (x-motorcade-snapshot) and waits for its end; what query-migrate says then."""
+        with self.qmp() as qmp:
+            qmp.execute("x-motorcade-snapshot", {"dir": str(target), **options})
+            return self.await_snapshot(qmp)
+
+    def await_snapshot(self, qmp: QmpClient) -> dict[str, Any]:
+        """What query-migrate says when it is over."""
+        end = time.monotonic() + DEADLINE
+        while (info := qmp.execute("query-migrate"))["status"] in ("setup", "active"):
+            assert time.monotonic() < end, info
+            time.sleep(0.002)  # its events are tested elsewhere
+        return dict(info)
 
     def sidecar_pid(self, device: str) -> int:
         """Of a device's sidecar."""
@@ -90,9 +130,9 @@ class Vm:
             while message := lifeline.receive(self.line):
                 print(f"--- {self.name}: {message}")
 
-    def wait_end(self, timeout: float = DEADLINE) -> dict[str, Any]:
+    def wait_end(self, timeout: float = DEADLINE, *, passing: Collection[str] = ("progress",)) -> dict[str, Any]:
         """How it ended; its supervisor is gone when this returns."""
-        ended = self.await_event("ended", timeout)
+        ended = self.await_event("ended", timeout, passing=passing)
         os.waitpid(self.pid, 0)
         self._reaped = True
         return ended
@@ -101,6 +141,8 @@ class Vm:
         """Ends it, if it has not ended."""
         for agent in self._agents:
             agent.close()
+        if self.line.fileno() < 0:
+            return
         self.line.shutdown(socket.SHUT_RDWR)
         self.line.close()
         if not self._reaped:
@@ -129,9 +171,9 @@ class VmHost:
         self.folder, self.run_dir = folder, run_dir
         self.vms: list[Vm] = []
 
-    def start(self, machine: dict[str, Any], *, paused: bool = False) -> Vm:
-        """Starts a VM that ends with the test."""
-        vm = Vm(self.folder, self.run_dir, machine, paused=paused)
+    def start(self, machine: dict[str, Any], **options: Any) -> Vm:
+        """Starts a VM that ends with the test; options as Vm's."""
+        vm = Vm(self.folder, self.run_dir, machine, **options)
         self.vms.append(vm)
         return vm
 

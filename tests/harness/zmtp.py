@@ -177,7 +177,8 @@ def _sidecar(path: str, device_id: str, forge: int) -> int:
     from motorcade.proto import schema
     from motorcade.proto.framing import ControlClient, Refused
 
-    client = ControlClient(path, device_id)
+    client = ControlClient()
+    client.connect(path, device_id)
     try:
         client.hello(schema.Hello(1, device_id, os.getpid(), 2, 0, (256,), b""), 15)
     except Refused:

@@ -28,13 +28,18 @@ class Child:
     status: int  # descriptor, owned by whoever asked
 
 
+def python_path() -> str:
+    """For a new interpreter: this checkout and its tests, then whatever else is named: a kind that is not ours."""
+    return ":".join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 class Zygote:
     """The session's end."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+            env = {**os.environ, "PYTHONPATH": python_path()}
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "harness.zygote", str(theirs.fileno())], pass_fds=[theirs.fileno()], env=env
             )

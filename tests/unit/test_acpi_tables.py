@@ -217,3 +217,16 @@ def test_out_of_range_values() -> None:
         aml.eisa_id("pnp0501")
     with pytest.raises(ValueError, match="package of"):
         aml.package_length(1 << 28)
+
+
+def test_the_generation_id_is_where_the_guest_is_told(iasl: str, tmp_path: Path) -> None:
+    area = build()
+    assert area[0x40:0x50] == bytes(16), "it is the machine's to write"
+    assert area[0x80:0x84] == b"DSDT"
+    text = disassemble(iasl, tmp_path, "dsdt", tables(area)[b"DSDT"])
+    vgen = text[text.index("Device (VGEN)") :]
+    assert re.search(r'Name \(_HID, "MTRC0001"\)', vgen)
+    assert re.search(r'Name \(_CID, "VM_Gen_Counter"\)', vgen)
+    assert re.search(r'Name \(_DDN, "VM_Gen_Counter"\)', vgen)
+    assert re.search(r"Name \(ADDR, Package \(0x02\)\s*{\s*0x000E0040,\s*Zero\s*}\)", vgen)
+    assert re.search(r"If \(\(Local0 & 0x02\)\)\s*{\s*Notify \(\\_SB.VGEN, 0x80\)", text)

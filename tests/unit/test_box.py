@@ -9,7 +9,7 @@ import pytest
 
 from motorcade.orchestrator.box import paths, tsc
 from motorcade.orchestrator.box.cpio import Archive
-from motorcade.orchestrator.box.kernel import Kernel, KernelError, find_kernel
+from motorcade.orchestrator.box.kernel import CLOUD, GENERIC, Flavour, Kernel, KernelError, find_kernel
 from motorcade.orchestrator.box.session import carried_environment, fresh_trees, remote_command, working_tree
 from motorcade.orchestrator.box.vm import BoxError, ensure_box, find_box, stop_box
 from motorcade.orchestrator.cli import main
@@ -70,10 +70,11 @@ def test_a_module_that_is_not_there_is_named(kernel: Kernel) -> None:
         kernel.module_files(["top", "frobnicate"])
 
 
-def test_a_named_kernel_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOTORCADE_BOX_KERNEL", str(tmp_path))
-    with pytest.raises(KernelError, match=r"vmlinuz: no such file"):
-        find_kernel()
+@pytest.mark.parametrize("flavour", [CLOUD, GENERIC])
+def test_a_named_kernel_must_be_there(flavour: Flavour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(flavour.variable, str(tmp_path))
+    with pytest.raises(KernelError, match=rf"{flavour.variable}: .*/vmlinuz: no such file"):
+        find_kernel(flavour)
 
 
 def test_the_remote_command_survives_a_shell() -> None:

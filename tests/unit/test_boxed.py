@@ -9,6 +9,7 @@ import pytest
 
 from motorcade.orchestrator import boxed, config
 from motorcade.orchestrator.errors import UserError
+from motorcade.orchestrator.frozendisks import File, FrozenDisk, Incoming, Restored
 from motorcade.orchestrator.machine import Machine
 
 
@@ -71,3 +72,31 @@ def test_shares(tmp_path: Path) -> None:
 def test_what_the_box_cannot_have(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="UDP ports cannot be forwarded into the box"):
         boxed.shares(machine(tmp_path, "nets:\n- {id: n, user: true, forward: ['udp:53:53']}\n"))
+
+
+def test_a_template_in_the_box(tmp_path: Path) -> None:
+    """It is told by its name, and its files are shared as those of the machine are."""
+    for name in ("t", "p", "images", "keep"):
+        (tmp_path / name).mkdir()
+    outside = machine(tmp_path, "disks:\n- {id: d, path: gone/d.img, overlay: true}\n- {id: e, path: gone/e.img}\n")
+    base = File(str(tmp_path / "images/d.img"), 512, 1, "00")
+    disks = [
+        Restored(str(tmp_path / "t"), FrozenDisk("d", False, 512, [base, File("disk-d.overlay", 9, 1, "00")])),
+        Restored(
+            str(tmp_path / "t"),
+            FrozenDisk("e", False, 512, [File("disk-e.raw", 512, 1, "00")]),
+            str(tmp_path / "keep/e"),
+        ),
+    ]
+    memory = [str(tmp_path / "t/memory"), str(tmp_path / "p/memory")]
+    incoming = Incoming(str(tmp_path / "t"), memory, disks, bytes(range(16)))
+    assert boxed.arguments(incoming) == [
+        "--incoming", f"file:{tmp_path}/t", "--generation-id", "000102030405060708090a0b0c0d0e0f",
+    ]  # fmt: skip
+    assert boxed.arguments(Incoming(str(tmp_path / "t"), memory)) == ["--incoming", f"file:{tmp_path}/t", "--same-id"]
+    shared = boxed.shares(outside, incoming)
+    assert {tmp_path / name for name in ("t", "p", "images", "keep")} <= set(shared)
+    inside = boxed.inside(outside, incoming)
+    assert [disk["overlay"] for disk in inside["disks"]] == [outside.disks[0].overlay, str(tmp_path / "keep/e")]
+    with pytest.raises(UserError, match="defer is not possible in the box"):
+        boxed.arguments(Incoming())

@@ -122,9 +122,14 @@ BAD = [
      "machine.yaml:6:4: disks[1].id: 'd' is already the id of disks[0]"),
     ("disks:\n- {id: d, path: x, readonly: true, overlay: true}", "machine.yaml:5:36: disks[0].overlay: a read-only "
      "disk never writes to its overlay; drop one of the two"),
-    ("nets:\n- {id: n}", "machine.yaml:5:3: nets[0]: give exactly one of tap, user and link, not none"),
-    ("nets:\n- {id: n, tap: t0, user: true}", "machine.yaml:5:3: nets[0]: give exactly one of tap, user and link, "
-     "not tap and user"),
+    ("disks:\n- {id: d, path: x, layers: [a]}", "machine.yaml:5:20: disks[0].layers: layers lie under an overlay; say "
+     "overlay: true, or its path"),
+    ("disks:\n- {id: d, path: x, overlay: true, layers: [a, '']}", "machine.yaml:5:47: disks[0].layers[1]: empty"),
+    ("disks:\n- {id: pager, path: x}", "machine.yaml:5:4: disks[0].id: 'pager' is what fills the memory of a restored "
+     "machine; choose another"),
+    ("nets:\n- {id: n}", "machine.yaml:5:3: nets[0]: give exactly one of tap, user, link and unplugged, not none"),
+    ("nets:\n- {id: n, tap: t0, user: true}", "machine.yaml:5:3: nets[0]: give exactly one of tap, user, link "
+     "and unplugged, not tap and user"),
     ("nets:\n- {id: n, tap: t0, mac: 01:00:00:00:00:01}", "machine.yaml:5:20: nets[0].mac: 01:00:00:00:00:01 is not a "
      "unicast address (the first byte must be even)"),
     ("nets:\n- {id: n, tap: t0, mac: 52:54}", None),
@@ -150,7 +155,28 @@ BAD = [
     ("disks:\n" + "".join(f"- {{id: d{i}, path: x}}\n" for i in range(17)),
      "machine.yaml:4:1: disks: too long (the most is 16 entries)"),
     ("consoles:\n" + "".join(f"- {{id: c{i}}}\n" for i in range(17)),
-     "machine.yaml:4:1: consoles: at most 16 virtio consoles"),
+     "machine.yaml:4:1: consoles: at most 8 virtio consoles"),
+    ("devices:\n- {id: r, kind: rgn}",
+     "machine.yaml:5:11: devices[0].kind: there is no kind of device 'rgn' (there are: rng)"),
+    ("devices:\n- {id: r, kind: rng, rat: 5}", "machine.yaml:5:22: devices[0].rat: unknown key; did you mean 'rate'?"),
+    ("devices:\n- {id: r, kind: rng, rate: 0}",
+     "machine.yaml:5:22: devices[0].rate: 0 is too small (the least is 1)"),
+    ("devices:\n- {id: r, kind: rng, rate: fast}",
+     "machine.yaml:5:22: devices[0].rate: expected a whole number or nothing, got 'fast'"),
+    ("devices:\n- {id: r}", "machine.yaml:5:3: devices[0]: 'kind' is missing"),
+    ("devices:\n- rng", "machine.yaml:5:3: devices[0]: expected a mapping with id and kind, got 'rng'"),
+    ("devices:\n- {id: ../r, kind: rng}",
+     "machine.yaml:5:3: devices[0]: id '../r': letters, digits, - _ and . only, at most 31, the first a letter or "
+     "digit"),
+    ("devices:\n- {id: r, kind: 5}", "machine.yaml:5:3: devices[0]: 'kind' is not text"),
+    ("devices:\n- {id: ttyS0, kind: rng}",
+     "machine.yaml:4:1: devices: the id ttyS0 is the serial port's; choose another (or set uart: false)"),
+    ("devices:\n- {id: r, kind: blk}",
+     "machine.yaml:5:11: devices[0].kind: there is no kind of device 'blk' (there are: rng)"),
+    ("devices:\n- {id: a, kind: rng}\n- {id: a, kind: rng}",
+     "machine.yaml:6:4: devices[1].id: 'a' is already the id of devices[0]"),
+    ("devices:\n" + "".join(f"- {{id: d{i}, kind: rng}}\n" for i in range(9)),
+     "machine.yaml:4:1: devices: too long (the most is 8 entries)"),
     ("? [a]\n: b", "machine.yaml:4:3: a key must be plain text"),
     ("cpus: !!python/object:os.system x", None),
     ("cpus: [", None),
@@ -198,13 +224,14 @@ def test_no_text_crashes_the_parser(text: str) -> None:
 
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=5), st.floats(allow_nan=False))
-INNER_KEYS = ["id", "path", "tap", "user", "image", "backend", "socket", "zz"]
+INNER_KEYS = ["id", "kind", "rate", "path", "tap", "user", "image", "backend", "socket", "zz"]
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(INNER_KEYS), inner, max_size=4),
     max_leaves=8,
 )
-KEYS = ["name", "kernel", "disks", "nets", "consoles", "memory", "cpus", "qmp", "uuid", "accel", "uart", "zz"]
+SECTIONS = ["disks", "nets", "consoles", "devices"]
+KEYS = ["name", "kernel", *SECTIONS, "memory", "cpus", "qmp", "uuid", "accel", "uart", "zz"]
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES))
@@ -276,3 +303,26 @@ def test_the_same_image_by_two_names(tmp_path: Path) -> None:
     assert found == ["machine.yaml:6:11: disks[1].path: the same image as disks[0], and one of them writes to it"]
     (tmp_path / "machine.yaml").write_text(two % (", readonly: true", ", overlay: true"))
     hostcheck.check(*config.load(tmp_path / "machine.yaml"))  # readers may share
+
+
+def test_a_machine_survives_its_description(tmp_path: Path) -> None:
+    """What a template says of it is what machine.yaml said."""
+    text = MINIMAL + (
+        "disks:\n- {id: d, path: x, overlay: true, layers: [a, /b]}\n"
+        "nets:\n- {id: n, unplugged: true, queues: 4}\n- {id: m, tap: t, mac: '52:54:00:00:00:01'}\n"
+        "consoles:\n- {id: a, backend: {file: f}}\nqmp: ['unix:q']\n"
+    )
+    (tmp_path / "machine.yaml").write_text(text)
+    loaded, _ = config.load(tmp_path / "machine.yaml")
+    description = machine.describe(loaded)
+    again, _ = config.machine_of_template(description, tmp_path / "state")
+    assert again == loaded
+    assert machine.describe(again) == description
+    assert again.disks[0].layers == [f"{tmp_path}/a", "/b"]
+    assert again.nets[0].mode == "unplugged"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": "n", "kernel": {"image": "k"}, "wings": 2}'])
+def test_descriptions_that_are_none(text: str) -> None:
+    with pytest.raises(config.ConfigError, match="/t/state: its machine is not one that this program knows"):
+        config.machine_of_template(text, Path("/t/state"))

@@ -97,3 +97,38 @@ def test_reserved_registers_read_zero_and_take_no_writes(machine: Machine, size:
         assert machine.ports.read(pm.BASE + offset, size) == 0
         machine.ports.write(pm.BASE + offset, size, (1 << 8 * size) - 1)
     assert machine.asked == []
+
+
+def test_a_new_generation_is_an_event_of_its_own(machine: Machine) -> None:
+    machine.pm.generation_changed()
+    machine.pm.power_button()
+    assert machine.ports.read(pm.BASE, 4) == pm.EVENT_GENERATION | pm.EVENT_POWER_BUTTON
+
+
+def test_events_that_were_not_read_survive_a_snapshot(machine: Machine) -> None:
+    machine.pm.power_button()
+    saved = machine.pm.save()
+    assert machine.ports.read(pm.BASE, 4) == pm.EVENT_POWER_BUTTON
+    assert machine.pm.save() != saved
+    machine.pm.restore(saved)
+    assert machine.pm.save() == saved
+    assert machine.ports.read(pm.BASE, 4) == pm.EVENT_POWER_BUTTON
+
+
+@pytest.mark.parametrize("data", [b"", bytes(3), bytes(5), b"\x04\0\0\0", b"\xff" * 4])
+def test_events_that_cannot_be_are_refused(machine: Machine, data: bytes) -> None:
+    with pytest.raises(ValueError):
+        machine.pm.restore(data)
+    assert machine.pm.save() == bytes(4)
+
+
+def test_cf9_survives_a_snapshot() -> None:
+    asked: list[str] = []
+    before, after = (pm.Cf9Reset(lambda: asked.append("reset")) for _ in range(2))
+    before.write(0, 1, 0x02)
+    after.restore(before.save())
+    assert after.read(0, 1) == 0x02
+    for data in (b"", b"\x04", b"\x02\x02"):
+        with pytest.raises(ValueError):
+            after.restore(data)
+    assert asked == []

@@ -262,7 +262,8 @@ def test_too_long_a_frame_ends_the_connection_and_nothing_else(core: Core) -> No
     core.until(peer.closed, peer)
     core.ping(deadline_ms=100)
     core.until(lambda: core.outcomes)
-    assert core.outcomes == [Timeout(100)]  # there is nobody to ask, but it may still run: not Gone
+    # There is nobody to ask, but it may still run: not Gone. Whether ZeroMQ had noticed yet makes no difference.
+    assert core.outcomes in ([Timeout(100)], [Timeout(100, unconnected=True)])
 
 
 def test_hello_of_a_version_too_old(core: Core) -> None:
@@ -378,7 +379,8 @@ def test_the_client_distrusts_the_core_as_well(tmp_path: Path) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router = context.socket(zmq.ROUTER)
     router.bind(f"ipc://{tmp_path}/core.sock")
-    client = ControlClient(str(tmp_path / "core.sock"), "disk0")
+    client = ControlClient()
+    client.connect(str(tmp_path / "core.sock"), "disk0")
     client.notify(ConfigChanged(b"x"))
     route, _ = router.recv_multipart()
     for frames in (
@@ -407,7 +409,8 @@ def test_a_hello_that_nobody_answers_times_out(tmp_path: Path) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router = context.socket(zmq.ROUTER)
     router.bind(f"ipc://{tmp_path}/core.sock")
-    client = ControlClient(str(tmp_path / "core.sock"), "disk0")
+    client = ControlClient()
+    client.connect(str(tmp_path / "core.sock"), "disk0")
     with pytest.raises(TimeoutError, match=r"0\.05"):
         client.hello(hello(), 0.05)
     route, _ = router.recv_multipart()

@@ -123,3 +123,52 @@ def test_access_sizes_and_the_nmi_bit() -> None:
     assert clock.get(0x21) == 9
     assert clock.rtc.read(0, 1) == 0xFF
     assert clock.rtc.read(0, 2) == 0xFFFF
+
+
+def test_a_snapshot_has_the_offset_and_not_the_time() -> None:
+    clock = Clock(2026, 11, 22, 17, 45, 59)
+    clock.put(0x09, 0x31)  # 2031
+    clock.put(0x40, 0x5A)
+    saved = clock.rtc.save()
+    clock.ns += 90 * NS
+    assert clock.rtc.save() == saved
+    other = Clock(2026, 12, 1, 0, 0, 0)
+    other.rtc.restore(saved)
+    assert other.rtc.save() == saved
+    assert other.date()[:2] == [0x20, 0x31]
+    assert other.get(0x40) == 0x5A
+
+
+def test_a_clock_that_is_being_set_is_saved_as_it_stands() -> None:
+    clock = Clock(2026, 11, 22, 17, 45, 59)
+    clock.put(0x0B, 0x82)
+    clock.put(0x04, 0x03)
+    other = Clock(2027, 1, 1, 0, 0, 0)
+    other.rtc.restore(clock.rtc.save())
+    assert other.date() == [0x20, 0x26, 0x11, 0x22, 1, 0x03, 0x45, 0x59]
+    other.put(0x0B, 0x02)
+    assert other.get(0x04) == 0x03
+
+
+def test_a_year_far_away_survives() -> None:
+    clock = Clock(2026, 11, 22, 17, 45, 59)
+    clock.put(0x32, 0x89)
+    other = Clock(2026, 11, 22, 17, 45, 59)
+    other.rtc.restore(clock.rtc.save())
+    assert other.date()[:2] == [0x89, 0x26]
+
+
+@pytest.mark.parametrize(
+    ("at", "byte"),
+    [(0, 0x80), (1, 0x01), (1, 0x02), (-1, 0x7F), (-1, 0x80)],
+    ids=["index", "frozen", "neither", "far ahead", "far back"],
+)
+def test_states_that_cannot_be_are_refused(at: int, byte: int) -> None:
+    clock = Clock(2026, 11, 22, 17, 45, 59)
+    saved = clock.rtc.save()
+    wrong = bytearray(saved)
+    wrong[at] = byte
+    for data in (bytes(wrong), saved[:-1], saved + b"x", b""):
+        with pytest.raises(ValueError):
+            clock.rtc.restore(data)
+    assert clock.rtc.save() == saved

@@ -13,15 +13,18 @@ from socket import AF_UNIX, SOCK_SEQPACKET, socketpair
 
 import pytest
 
-from harness.driver import Queue
+from harness.disk import Disk
+from harness.driver import Memory, Queue
 from harness.sidecar import Sidecar, SidecarGone
 from motorcade.proto import messages as m
+from motorcade.proto.memory import Region
+from motorcade.sidecars import lazymem
 
 
-def start(behaviour: str = "", *, wait: bool = True, **fds: int) -> Sidecar:
+def start(behaviour: str = "", *, wait: bool = True, incoming: bool = False, **fds: int) -> Sidecar:
     """A sidecar with harness/fakedevice.py behind it."""
     role = m.BlkBoot(device_id="fake", path=behaviour)
-    return Sidecar("harness.fakedevice:FakeDevice", role, fds, queues=2, wait=wait)
+    return Sidecar("harness.fakedevice:FakeDevice", role, fds, queues=2, wait=wait, incoming=incoming)
 
 
 def queues(sidecar: Sidecar) -> list[Queue]:
@@ -43,7 +46,7 @@ def test_story() -> None:
         assert s.config == b"\0\2" + bytes(6)
         s.reset()
         s.activate(queues(s)[:1], 1 << 28 | 1 << 32)
-        assert s.stats().queues[0].requests == 2
+        s.poll_until(lambda: s.stats().queues[0].requests == 2, "run() to be entered again")
         assert s.shutdown() == 0
         assert [line["level"] for line in s.log_lines() if line["level"] in ("warning", "error")] == []
         assert {line["role"] for line in s.log_lines()} == {"fake"}
@@ -122,6 +125,184 @@ def test_always_on_runs_from_the_start_and_through_a_reset() -> None:
         assert s.shutdown() == 0
 
 
+def test_quiesced_nothing_runs_until_resume() -> None:
+    with start() as s:
+        assert error(s, m.Save()).code is m.ErrorCode.STATE
+        s.activate(queues(s), 0)
+        s.poll_until(lambda: s.stats().queues[0].requests == 1, "run()")
+        for _ in range(2):
+            s.quiesce()
+        assert s.save() == m.DeviceState(1, b"\0", (m.QueueState(0, 7, 7), m.QueueState(1, 7, 7)))
+        s.ask(m.ConfigWrite(4, b"x"))
+        assert s.save().data == b"x"
+        assert s.stats().queues[0].requests == 1
+        for _ in range(2):
+            s.resume()
+        s.poll_until(lambda: s.stats().queues[0].requests == 2, "run() to be entered again")
+        assert error(s, m.Save()).code is m.ErrorCode.STATE
+        assert s.shutdown() == 0
+
+
+def test_reset_activation_and_shutdown_of_a_quiesced_device() -> None:
+    with start() as s:
+        s.activate(queues(s), 0)
+        s.quiesce()
+        s.reset()
+        assert s.save().queues == ()
+        s.activate(queues(s)[:1], 0)
+        assert len(s.save().queues) == 1
+        assert s.stats().queues[0].requests <= 1
+        s.resume()
+        s.poll_until(lambda: s.stats().queues[0].requests > 0, "run()")
+        s.quiesce()
+        assert s.shutdown() == 0
+
+
+def test_resume_overtakes_a_quiesce_that_waits_for_the_backend() -> None:
+    """No device may stay quiesced after a coordinator that gave up."""
+    ours, theirs = socketpair()
+    with ours, theirs, start("stuck", pipe=theirs.fileno()) as s:
+        s.activate(queues(s), 0)
+        outcomes: list[object] = []
+        for body in (m.Quiesce(), m.Quiesce(), m.Resume()):
+            s.server.request("fake", body, 20_000, outcomes.append)
+        s.ask(m.Ping())
+        assert error(s, m.Save()).code is m.ErrorCode.STATE
+        assert outcomes == []
+        ours.send(b"x")
+        s.wait_until(lambda: len(outcomes) == 3, "three answers")
+        assert outcomes == [m.Ok()] * 3
+        s.poll_until(lambda: s.stats().queues[0].requests == 2, "run() to be entered again")
+        ours.send(b"x")
+
+
+def test_what_is_asked_while_the_backend_settles_waits_for_it() -> None:
+    ours, theirs = socketpair()
+    with ours, theirs, start("slow", pipe=theirs.fileno()) as s:
+        s.activate(queues(s), 0)
+        outcomes: list[object] = []
+        for body in (m.Quiesce(), m.Reset(), m.Quiesce()):
+            s.server.request("fake", body, 20_000, outcomes.append)
+        s.ask(m.Ping())
+        assert error(s, m.Activate(0, ())).code is m.ErrorCode.STATE
+        assert s.config[1] == 2, "not reset under the data thread's hands"
+        ours.send(b"x")
+        s.wait_until(lambda: len(outcomes) == 3, "three answers")
+        assert outcomes == [m.Ok()] * 3
+        assert s.save().queues == ()
+
+
+def test_a_backend_that_cannot_settle_goes_on() -> None:
+    with start("restless") as s:
+        s.activate(queues(s), 0)
+        answer = error(s, m.Quiesce())
+        assert "No space left" in answer.text
+        s.poll_until(lambda: s.stats().queues[0].requests == 2, "run() to be entered again")
+        assert error(s, m.Save()).code is m.ErrorCode.STATE
+        s.ask(m.ConfigWrite(2, b"\1"))
+        s.quiesce()
+
+
+def test_incoming_starts_quiesced_and_goes_on_where_the_saved_one_was() -> None:
+    with start(incoming=True) as s:
+        q = queues(s)
+        state = m.DeviceState(1, b"s", (m.QueueState(0, 65535, 3), m.QueueState(1, 1, 1, 5)))
+        s.restore(state, q, 0)
+        assert s.save().data == b"s"
+        assert error(s, m.Load(state)).code is m.ErrorCode.STATE
+        s.ask(m.ConfigWrite(0, b"break"))
+        s.ask(m.Ping())
+        assert s.needs_reset == [], "queue 1 was broken before the snapshot, and the driver was told then"
+        assert s.stats().queues[0].requests == 0
+        s.resume()
+        s.poll_until(lambda: s.stats().queues[0].requests == 1, "run()")
+        assert error(s, m.Load(state)).code is m.ErrorCode.STATE
+
+
+def test_a_loaded_configuration_is_no_news() -> None:
+    with start(incoming=True) as s:
+        s.ask(m.Load(m.DeviceState(1, b"s")))
+        s.ask(m.Ping())
+        assert s.config_changes == []
+        s.ask(m.ConfigWrite(5, b"x"))
+        s.wait_until(lambda: s.config == b"\0\0\0\0sx\0\0", "the change")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        m.DeviceState(2, b"x"),
+        m.DeviceState(1, b""),
+        m.DeviceState(1, bytes(m.MAX_STATE)),
+        m.DeviceState(1, b"x", (m.QueueState(2, 0, 0),)),
+        m.DeviceState(1, b"x", (m.QueueState(1, 0, 0), m.QueueState(1, 0, 0))),
+    ],
+    ids=["version", "short", "long", "no such queue", "a queue twice"],
+)
+def test_a_state_that_cannot_be_is_refused(state: m.DeviceState) -> None:
+    with start(incoming=True) as s:
+        assert error(s, m.Load(state)).code is m.ErrorCode.INVALID
+        s.ask(m.Load(m.DeviceState(1, b"x")))
+
+
+def test_restored_activations_belong_to_a_quiesced_device() -> None:
+    with start() as s:
+        assert error(s, m.Activate(0, (), restored=True)).code is m.ErrorCode.STATE
+        assert error(s, m.Load(m.DeviceState(1, b"x"))).code is m.ErrorCode.STATE
+        for queue in (m.Queue(0, 16, 0, 0, 0, 1), m.Queue(0, 16, 0, 0, 0, 0, 1), m.Queue(0, 16, 0, 0, 0, 0, 0, 1)):
+            assert error(s, m.Activate(0, (queue,))).code is m.ErrorCode.INVALID
+        s.ask(m.Activate(0, (m.Queue(0, 16, 0, 0, 0),)))
+
+
+@pytest.mark.parametrize("incoming", [False, True])
+def test_always_on_holds_while_it_runs(incoming: bool) -> None:
+    with start("uart", incoming=incoming) as s:
+        if not incoming:
+            s.quiesce()
+        s.ask(m.Ping())  # changes are announced after an event
+        s.wait_until(lambda: s.config[3] == 1, "the loop to hold")
+        s.poll_until(lambda: s.stats().queues[0].requests == 1, "run()")
+        s.ask(m.Load(m.DeviceState(1, b"y")))
+        assert s.save() == m.DeviceState(1, b"y")
+        s.quiesce()
+        s.resume()
+        s.wait_until(lambda: s.config[3] == 0, "the loop to go on")
+        s.quiesce()
+        assert s.stats().queues[0].requests == 1
+        assert s.shutdown() == 0
+
+
+@pytest.mark.skipif(bool(lazymem.permitted()), reason="userfaultfd is not permitted here")
+def test_memory_that_fills_itself_is_registered_before_anything_touches_it() -> None:
+    memory = Memory(regions=[Region(0, 4 << 20, 2 << 20), Region(4 << 30, 2 << 20, 0)])
+    role = m.BlkBoot(device_id="fake", path="")
+    with Sidecar("harness.fakedevice:FakeDevice", role, {}, queues=2, memory=memory, lazy=True, incoming=True) as s:
+        assert [(r.size, r.offset) for r in s.mappings] == [(4 << 20, 2 << 20), (2 << 20, 0)]
+        maps = re.findall(
+            r"^([0-9a-f]+)-([0-9a-f]+) .*memfd:guest(?:.*\n)+?VmFlags:(.*)$",
+            Path(f"/proc/{s.pid}/smaps").read_text(),
+            re.MULTILINE,
+        )
+        for mapping in s.mappings:
+            (flags,) = (f for start, end, f in maps if int(start, 16) <= mapping.address < int(end, 16))
+            assert "um" in flags.split(), "registered for missing pages"
+        assert Path(f"/proc/self/fd/{s.userfaultfd}").readlink() == Path("anon_inode:[userfaultfd]")
+        s.ask(m.Ping())
+    memory.close()
+
+
+def test_a_dirty_log_that_does_not_cover_memory_is_refused(tmp_path: Path) -> None:
+    memory = Memory()
+    os.ftruncate(memory.dirty_fd, 504)
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4096))
+    with Disk(image, memory=memory, wait=False) as s:
+        with pytest.raises(SidecarGone):
+            s.wait_until(lambda: s.hello is not None, "a hello that never comes")
+        assert s.stopped == "ValueError: a dirty log of 504 bytes is too short for 4096 pages"
+    memory.close()
+
+
 def test_a_backend_that_does_not_start() -> None:
     with start("refuse", wait=False) as s:
         with pytest.raises(SidecarGone):
@@ -153,12 +334,14 @@ def test_a_backend_that_does_not_close() -> None:
 
 
 @pytest.mark.parametrize("end", ["supervisor", "core", "SIGTERM"])
-@pytest.mark.parametrize("active", [False, True])
-def test_orderly_ends_that_the_core_did_not_ask_for(end: str, active: bool) -> None:
+@pytest.mark.parametrize("state", ["idle", "active", "quiesced"])
+def test_orderly_ends_that_the_core_did_not_ask_for(end: str, state: str) -> None:
     ours, theirs = socketpair()
     with ExitStack() as stack, ours, theirs, start(pipe=theirs.fileno()) as s:
-        if active:
+        if state != "idle":
             s.activate(queues(s), 0)
+        if state == "quiesced":
+            s.quiesce()
         os.kill(s.pid, signal.SIGINT)  # the terminal's Ctrl-C is nothing to a sidecar
         s.ask(m.Ping())
         theirs.close()

@@ -19,6 +19,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[object] = []
         self.queues: dict[int, Queue] = {}
+        self.interrupts = 0
         self.reset_may_end = threading.Event()
         self.reset_may_end.set()
 
@@ -38,6 +39,15 @@ class Recorder:
 
     def clear(self) -> None:
         self.calls.append("clear")
+
+    def pending(self) -> int:
+        return self.interrupts
+
+    def restore(self, bits: int) -> None:
+        self.interrupts = bits
+
+    def raise_again(self) -> None:
+        self.calls.append("raised again")
 
     def doorbells(self, queues: list[int]) -> None:
         self.calls.append(("doorbells", queues))
@@ -235,3 +245,112 @@ def test_status_bits_are_not_taken_back(mmio: VirtioMmio) -> None:
     agree(mmio)
     mmio.write(Reg.STATUS, 4, 1)
     assert mmio.read(Reg.STATUS, 4) == 11
+
+
+# Snapshots.
+
+
+def other_device(config: bytes = bytes(range(16)), sizes: tuple[int, ...] = (256, 128)) -> tuple[Device, Recorder]:
+    seen = Recorder()
+    device = Device("disk0", seen, seen, seen.doorbells, seen.needs_reset)
+    device.plug(Identity(2, FEATURES, sizes, config))
+    return device, seen
+
+
+def test_a_running_device_is_restored_as_its_driver_left_it(device: Device, mmio: VirtioMmio, seen: Recorder) -> None:
+    agree(mmio)
+    set_queue(mmio, 1, 32, 0x1_2345_0000)
+    mmio.write(Reg.STATUS, 4, 15)
+    mmio.write(Reg.DEVICE_FEATURES_SEL, 4, 1)
+    device.change_config(bytes(16))
+    seen.interrupts = 3
+    saved = device.save()
+    assert device.save() == saved
+    other, there = other_device(bytes(16))
+    other.restore(saved)
+    assert other.save() == saved
+    assert there.calls == [("doorbells", [1])], "its sidecar is told by others"
+    assert there.interrupts == 3
+    assert other.running_queues() == {1: Queue(128, 32, True, 0x1_2345_0000, 0x1_2345_4000, 0x1_2345_8000)}
+    front = VirtioMmio(other)
+    assert front.read(Reg.DEVICE_FEATURES, 4) == 1
+    assert front.read(Reg.CONFIG_GENERATION, 4) == 1
+
+
+def test_a_device_whose_driver_had_not_started_it(device: Device, mmio: VirtioMmio) -> None:
+    agree(mmio)
+    set_queue(mmio, 0)
+    other, there = other_device()
+    other.restore(device.save())
+    assert other.running_queues() == {}
+    front = VirtioMmio(other)
+    front.write(Reg.STATUS, 4, 15)
+    assert there.calls == [("doorbells", []), ("doorbells", [0]), ("activate", ACCEPTED, [0])]
+
+
+def test_another_configuration_is_news_to_the_driver(device: Device, mmio: VirtioMmio) -> None:
+    agree(mmio)
+    mmio.write(Reg.STATUS, 4, 15)
+    other, there = other_device(bytes(16))
+    other.restore(device.save())
+    assert there.interrupts == 2
+    assert other.config_generation == 1
+    assert other.read_config(1, 1) == 0
+
+
+def test_features_are_for_the_sidecar_to_judge(device: Device, mmio: VirtioMmio) -> None:
+    """A NIC bound to another backend offers less, and may do in software what its driver uses."""
+    agree(mmio)
+    mmio.write(Reg.STATUS, 4, 15)
+    other, _ = other_device()
+    other.plug(Identity(2, 0, (256, 128), bytes(range(16))))
+    other.restore(device.save())
+    assert other.driver_features == ACCEPTED
+
+
+def test_a_device_that_cannot_stand_in_is_refused(device: Device) -> None:
+    saved = device.save()
+    for other, why in (
+        (other_device(sizes=(256,))[0], "queues"),
+        (other_device(sizes=(256, 64))[0], "queues"),
+        (other_device(bytes(8))[0], "16 bytes of configuration space"),
+        (Device("disk0", Recorder(), Recorder(), lambda _q: None, lambda _r: None), "has not said"),
+    ):
+        before = other.status
+        with pytest.raises(ValueError, match=why):
+            other.restore(saved)
+        assert other.status == before
+    with pytest.raises(ValueError, match="has not said"):
+        Device("later", Recorder(), Recorder(), lambda _q: None, lambda _r: None).save()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"status":15', b'"status":256'),
+        (b'"status":15', b'"status":4'),
+        (b'"status":15', b'"status":-1'),
+        (b'"interrupts":0', b'"interrupts":4'),
+        (b'"queue_sel":1', b'"queue_sel":4294967296'),
+        (b'"driver_features":', b'"driver_features":99999999999'),
+        (b'"size":32', b'"size":48'),
+        (b'"size":32', b'"size":65536'),
+        (b'"desc":65536', b'"desc":65537'),
+        (b'"desc":65536', b'"desc":-65536'),
+        (b'"ready":true', b'"ready":1'),
+        (b'"queues":[', b'"queues":[3,'),
+        (b"{", b"["),
+        (b'"config":"', b'"config":"?'),
+        (b'"virtio_type":2', b'"virtio_type":2,"more":3'),
+    ],
+)
+def test_bytes_that_no_device_saved_are_refused(device: Device, mmio: VirtioMmio, old: bytes, new: bytes) -> None:
+    agree(mmio)
+    set_queue(mmio, 1, 32)
+    mmio.write(Reg.STATUS, 4, 15)
+    saved = device.save()
+    assert old in saved
+    other, there = other_device()
+    with pytest.raises(ValueError):
+        other.restore(saved.replace(old, new, 1))
+    assert (other.status, there.calls) == (0, [])

@@ -57,6 +57,8 @@ static bool one_in(uint32_t n) { return below(n) == 0; }
 typedef uint8_t sector[512];
 
 static sector base[SECTORS], cache[FILE_SECTORS];
+#define LAYERS 2
+static sector layers[LAYERS][FILE_SECTORS];	/* between base and overlay; never written */
 /* versions[s][0] is permanent; those behind it were written since. */
 static sector versions[FILE_SECTORS][VERSIONS];
 static uint16_t version_count[FILE_SECTORS];
@@ -152,7 +154,7 @@ static int64_t carry_out(struct mc_blk *b, struct pending *p)
 	if (op->kind != OP_FALLOCATE && len > 512 && one_in(10))
 		len = 512 * (1 + below(len / 512 - 1));
 	if (op->kind == OP_READ) {
-		const uint8_t *from = op->file == FILE_DISK ? base[0] : cache[0];
+		const uint8_t *from = op->file == FILE_DISK ? base[0] : op->file == FILE_OVERLAY ? cache[0] : layers[op->file - FILE_LAYER][0];
 		uint64_t size = op->file == FILE_DISK ? DISK : FILE_SECTORS * 512;
 
 		CHECK(op->off + len <= size, "read past the end");
@@ -250,6 +252,13 @@ static struct request requests[DEPTH];
 static uint8_t *ram;
 static struct vd_queue vd;
 static uint32_t inflight, quit_at;
+static uint64_t dirty_log[RAM / 4096 / 64 + 1];
+
+static void check_logged(uint64_t from, uint64_t len)
+{
+	for (uint64_t page = from / 4096; len && page <= (from + len - 1) / 4096; page++)
+		CHECK(dirty_log[page / 64] >> page % 64 & 1, "page %#llx was written and not logged", (unsigned long long)page);
+}
 static bool write_back, discards;
 
 static void send(uint32_t i)
@@ -260,6 +269,9 @@ static void send(uint32_t i)
 	struct virtio_blk_discard_write_zeroes seg = {0};
 	uint32_t kind = below(20);
 
+	/* A request's pages are its own. */
+	for (uint64_t page = at / 4096; page < (at + SLOT) / 4096; page++)
+		dirty_log[page / 64] &= ~(1ull << page % 64);
 	r->type = kind < 9 ? VIRTIO_BLK_T_OUT : kind < 13 ? VIRTIO_BLK_T_IN : kind < 16 ? VIRTIO_BLK_T_FLUSH
 		: kind < 18 || !discards ? VIRTIO_BLK_T_WRITE_ZEROES : VIRTIO_BLK_T_DISCARD;
 	r->first = r->n = 0;
@@ -330,6 +342,9 @@ static void ended(uint32_t i)
 	uint8_t status = ram[0x10000 + i * SLOT + 128];
 
 	CHECK(r->used && (status == VIRTIO_BLK_S_OK || (with_errors && status == VIRTIO_BLK_S_IOERR)), "status %u of type %u, %u sectors at %u", status, r->type, r->n, r->first);
+	check_logged(0x10000 + i * SLOT + 128, 1);
+	if (r->type == VIRTIO_BLK_T_IN)
+		check_logged(r->data, r->n * 512);
 	r->used = false;
 	inflight--;
 	totals.requests++;
@@ -402,15 +417,21 @@ static void cut_power(void)
 
 static struct mc_blk *open_disk(const struct mc_mem *mem, struct mc_isr *isr, int event_fd)
 {
-	int disk = memfd_create("base", 0), overlay = memfd_create("overlay", 0);
+	int disk = memfd_create("base", 0), overlay = memfd_create("overlay", 0), layer[LAYERS];
 	char error[256];
 
 	CHECK(pwrite(disk, base, sizeof(base), 0) == sizeof(base), "%s", "base");
 	CHECK(pwrite(overlay, cache, sizeof(cache), 0) == sizeof(cache), "%s", "overlay");
 	struct mc_blk_params p = {
-		.disk_fd = disk, .overlay_fd = overlay, .event_fd = event_fd, .queues = 1, .discard = one_in(2), .direct = one_in(2),
-		.overlay_size = DISK, .overlay_map = MAP, .overlay_data = DATA, .mem = mem, .isr = isr,
+		.disk_fd = disk, .event_fd = event_fd, .queues = 1, .discard = one_in(2), .direct = one_in(2),
+		.overlay_size = DISK, .overlay = {overlay, MAP, DATA}, .layers = LAYERS, .mem = mem, .isr = isr,
 	};
+
+	for (uint32_t i = 0; i < LAYERS; i++) {
+		layer[i] = memfd_create("layer", 0);
+		CHECK(pwrite(layer[i], layers[i], sizeof(layers[i]), 0) == sizeof(layers[i]), "%s", "layer");
+		p.layer[i] = (struct mc_blk_overlay_file){layer[i], MAP, DATA};
+	}
 	struct mc_blk *b = mc_blk_new(&p, error);
 
 	CHECK(b, "%s", error);
@@ -422,8 +443,9 @@ static void check_disk(struct mc_blk *b)
 	for (uint32_t s = 0; s < SECTORS; s++) {
 		uint64_t run = 512;
 		static const sector zero;
-		enum blk_state state = blk_overlay_run(b, s * 512ull, &run);
-		const uint8_t *at = state == BLOCK_BASE ? base[s] : state == BLOCK_ZERO ? zero : cache[DATA / 512 + s];
+		uint8_t file = blk_overlay_place(b, s * 512ull, &run);
+		const uint8_t *at = file == FILE_DISK ? base[s] : file == FILE_NONE ? zero : file == FILE_OVERLAY ? cache[DATA / 512 + s]
+			: layers[file - FILE_LAYER][DATA / 512 + s];
 
 		check_content(s, at, permanent[s], "after the power cut");
 		/* From here on it is what was found. */
@@ -448,7 +470,7 @@ static void live(const struct mc_mem *mem)
 	int event_fd = eventfd(0, EFD_NONBLOCK), kick = eventfd(0, EFD_NONBLOCK), call = eventfd(0, EFD_NONBLOCK);
 	struct mc_blk *b = open_disk(mem, &isr, event_fd);
 	struct mc_vq *vq = mc_blk_queue(b, 0);
-	int fds[] = {b->p.disk_fd, b->p.overlay_fd, event_fd, kick, call};
+	int fds[] = {b->p.disk_fd, b->p.overlay.fd, b->p.layer[0].fd, b->p.layer[1].fd, event_fd, kick, call};
 
 	check_disk(b);
 	step = 0;
@@ -488,11 +510,27 @@ int main(int argc, char **argv)
 	rng_state = seed0 * 0x9e3779b97f4a7c15ull + 1;
 	ram = aligned_alloc(4096, RAM);
 	memset(ram, 0, RAM);
-	const struct mc_mem mem = {.n = 1, .regions = {{.gpa = 0, .size = RAM, .hva = ram}}};
+	const struct mc_mem mem = {.n = 1, .regions = {{.gpa = 0, .size = RAM, .hva = ram}}, .dirty = dirty_log};
 
 	for (uint32_t s = 0; s < SECTORS; s++) {
 		fill(base[s], s, history[s][0] = next_value++);
 		count[s] = 1;
+	}
+	/* What the topmost file that knows of a block says is the disk; what the others hold is never shown. */
+	for (uint32_t i = 0; i < LAYERS; i++) {
+		memset(layers[i], 0, DATA);
+		for (uint32_t block = 0; block < (SECTORS + 7) / 8; block++) {
+			enum blk_state state = below(3);
+
+			layers[i][MAP / 512][block / 4] |= state << block % 4 * 2;
+			for (uint32_t s = block * 8; s < block * 8 + 8 && s < SECTORS; s++) {
+				memset(layers[i][DATA / 512 + s], 0xbe, 512);
+				if (state != BLOCK_BASE)
+					history[s][0] = state == BLOCK_ZERO ? ZERO : next_value;
+				if (state == BLOCK_DATA)
+					fill(layers[i][DATA / 512 + s], s, next_value++);
+			}
+		}
 	}
 	for (uint32_t s = 0; s < FILE_SECTORS; s++) {
 		/* What a new file holds is zero; what a reused block of a bad file system might is not, and is never shown. */

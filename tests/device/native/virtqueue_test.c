@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -337,6 +338,149 @@ static void test_litmus(bool kicks)
 	tear_down(&l.d);
 }
 
+/* --- The dirty log. --- */
+
+#define LOG_PAGES 200
+static uint64_t dirty_log[(LOG_PAGES + 63) / 64 + 1];
+
+static bool logged(uint64_t page) { return dirty_log[page / 64] >> page % 64 & 1; }
+
+/* Marks and compares with the pages that it must name, which are counted in the memfd and not in guest physical memory. */
+static void check_mark(const struct mc_mem *m, const uint8_t *at, uint64_t len, uint64_t first, uint64_t n)
+{
+	memset(dirty_log, 0, sizeof(dirty_log));
+	mc_mem_mark(m, at, len);
+	for (uint64_t page = 0; page < sizeof(dirty_log) * 8; page++)
+		CHECK(logged(page) == (page >= first && page < first + n), "page %llu of +%llu", (unsigned long long)page, (unsigned long long)len);
+}
+
+static void test_mark(void)
+{
+	uint8_t *low = aligned_alloc(4096, 150 * 4096), *high = aligned_alloc(4096, 50 * 4096);
+	struct mc_mem m = {.n = 2, .dirty = dirty_log, .regions = {
+		{.gpa = 0, .size = 150 * 4096, .hva = low, .offset = 50 * 4096},
+		{.gpa = 1ull << 32, .size = 50 * 4096, .hva = high, .offset = 0},
+	}};
+
+	check_mark(&m, low, 1, 50, 1);
+	check_mark(&m, low + 4095, 1, 50, 1);
+	check_mark(&m, low + 4095, 2, 50, 2);
+	check_mark(&m, low + 13 * 4096, 4096, 63, 1);
+	check_mark(&m, low + 13 * 4096 + 1, 4096, 63, 2);
+	check_mark(&m, low, 150 * 4096, 50, 150);
+	check_mark(&m, low + 14 * 4096, 64 * 4096, 64, 64);
+	check_mark(&m, high + 49 * 4096, 4096, 49, 1);
+	/* Cut off at the region's end: no bit of another region, none past the log. */
+	check_mark(&m, low + 149 * 4096, UINT64_MAX, 199, 1);
+	check_mark(&m, low + 100, UINT64_MAX, 50, 150);
+	check_mark(&m, high + 48 * 4096, 1 << 20, 48, 2);
+	/* Not guest memory, or nothing. */
+	check_mark(&m, low, 0, 0, 0);
+	check_mark(&m, (uint8_t *)dirty_log, 8, 0, 0);
+	check_mark(&m, NULL, 4096, 0, 0);
+	m.dirty = NULL;
+	check_mark(&m, low, 4096, 0, 0);
+
+	m.dirty = dirty_log;
+	struct iovec iov[] = {{low, 4096}, {low + 8 * 4096, 4096}, {high, 4096}};
+
+	mc_mem_mark_iov(&m, iov, 3, 4097);
+	CHECK(logged(50) && logged(58) && !logged(0), "a vector, up to its length");
+	free(low);
+	free(high);
+}
+
+/* All that the ring's owner writes, at every place of the ring; over two pages, so that a used entry and the index differ. */
+static void test_ring_is_marked(void)
+{
+	static uint8_t before[0x20000];
+	struct vd_queue d;
+	struct mc_vq vq;
+	struct iovec iov[4];
+	uint32_t head, len, seed = 1;
+
+	mem.dirty = dirty_log;
+	for (int event_idx = 0; event_idx < 2; event_idx++) {
+		set_up(&d, &vq, 1024, event_idx);
+		uint64_t used = 2 * VD_PART(1024) / 4096;
+
+		CHECK(logged(used) && logged(used + 1) && logged(used + 2), "a predecessor may have died before it marked");
+		for (uint32_t done = 0; done < 10000; ) {
+			uint32_t n = 1 + rand_r(&seed) % 300;
+
+			for (uint32_t i = 0; i < n; i++)
+				vd_offer(&d, i);
+			vd_kick(&d);
+			memcpy(before, ram, sizeof(before));
+			memset(dirty_log, 0, sizeof(dirty_log));
+			for (uint32_t i = 0; i < n; i++) {
+				struct mc_chain c = {.max = 4, .iov = iov};
+
+				CHECK(mc_vq_pop(&vq, &c) == 1, "pop");
+				mc_vq_push(&vq, c.head, done + i);
+			}
+			mc_vq_disable_kick(&vq);
+			mc_vq_flush(&vq);
+			mc_vq_enable_kick(&vq);
+			for (uint32_t at = 0; at < sizeof(before); at++)
+				CHECK(before[at] == ram[at] || logged(at / 4096), "byte %#x", at);
+			for (uint32_t i = 0; i < n; i++)
+				CHECK(vd_take(&d, &head, &len) && len == done + i, "used entry");
+			done += n;
+		}
+		tear_down(&d);
+	}
+	mem.dirty = NULL;
+}
+
+static atomic_bool writer_stops;
+
+static void *writer(void *arg)
+{
+	const struct mc_mem *m = arg;
+	uint32_t seed = 7;
+
+	for (uint64_t value = 1; !atomic_load(&writer_stops); value++) {
+		uint64_t *at = (uint64_t *)(ram + rand_r(&seed) % 32 * 4096ull);
+
+		__atomic_store_n(at, value, __ATOMIC_RELAXED);
+		mc_mem_mark(m, at, sizeof(*at));
+	}
+	return NULL;
+}
+
+/* The core's side: take the bits, then copy. When the writer has come to rest, one more round makes the copy right. */
+static void take_and_copy(uint8_t *copy)
+{
+	uint64_t bits = __atomic_exchange_n(&dirty_log[0], 0, __ATOMIC_SEQ_CST);
+
+	for (uint64_t page = 0; page < 32; page++)
+		if (bits >> page & 1)
+			memcpy(copy + page * 4096, ram + page * 4096, 4096);
+}
+
+static void test_nothing_is_missed_by_a_copy_behind_a_writer(void)
+{
+	static uint8_t copy[0x20000];
+	struct mc_mem m = mem;
+	pthread_t thread;
+
+	m.dirty = dirty_log;
+	memset(dirty_log, 0, sizeof(dirty_log));
+	for (int round = 0; round < 30; round++) {
+		memcpy(copy, ram, sizeof(copy));
+		memset(dirty_log, 0, sizeof(dirty_log));
+		atomic_store(&writer_stops, false);
+		CHECK(!pthread_create(&thread, NULL, writer, &m), "thread");
+		for (int i = 0; i < 2000; i++)
+			take_and_copy(copy);
+		atomic_store(&writer_stops, true);
+		pthread_join(thread, NULL);
+		take_and_copy(copy);
+		CHECK(!memcmp(copy, ram, sizeof(copy)), "round %d", round);
+	}
+}
+
 int main(void)
 {
 	ram = aligned_alloc(4096, 0x20000);
@@ -345,6 +489,9 @@ int main(void)
 	test_flags();
 	test_unpop();
 	test_error_freezes();
+	test_mark();
+	test_ring_is_marked();
+	test_nothing_is_missed_by_a_copy_behind_a_writer();
 	test_iov_copy();
 	test_handshakes(true);
 	test_handshakes(false);

@@ -1,0 +1,149 @@
+"""Snapshots of a Linux guest at work: disk, network and both kinds of console, with every byte checked at both ends."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.agent import Agent
+from harness.linuxload import Console, Stream, working
+from harness.vm import Vm, VmHost
+from motorcade.orchestrator.commands import template
+
+Machine = Callable[..., dict[str, Any]]
+
+ROUNDS = 20
+EVERY = 5  # templates that are restored
+LANES = 2  # processes that work on the disk
+COMPLAINTS = re.compile(r".*(?:lockup|stall|hung|Trace|error|BUG|Oops|[Cc]orrupt|unstable|backwards).*")
+
+
+class Worker:
+    """A guest with the work in it, and our ends of that."""
+
+    def __init__(self, vm: Vm, address: str, port: int = 0, *, resumed: bool = False) -> None:
+        self.vm = vm
+        self.agent = vm.console("hvc1")
+        self.stream = Stream("tcp", address, port)
+        self._resumed = resumed
+
+    def start_work(self, guest_address: str, host_address: str) -> None:
+        """In a guest that was booted."""
+        self.agent.wait_ready()
+        self.agent.check("dmesg -c > /run/boot")
+        self.agent.check(f"ip addr add {guest_address}/24 dev eth0 && ip link set eth0 up")
+        self.agent.check(f"load tcp {host_address} {self.stream.port} /run/tcp > /dev/null 2>&1 &")
+        for lane in range(LANES):
+            self.agent.check(f"load disk /dev/vda {lane} {LANES} /run/disk{lane} > /dev/null 2>&1 &")
+
+    def consoles(self) -> list[Console]:
+        """Those on which lines come and go."""
+        if self._resumed:
+            return [Console(n, self.vm.attach(n), resumed=True) for n in ("ttyS0", "hvc0")]
+        found = []
+        for name in ("ttyS0", "hvc0"):
+            agent = self.vm.console(name)
+            agent.wait_ready()
+            agent.send(f"load tty 100 < /dev/{name}")
+            found.append(Console(name, agent.sock))
+        return found
+
+    def done(self) -> dict[str, tuple[int, int]]:
+        """What each part of the work says: its rounds, and how often it had to connect again."""
+        said: dict[str, tuple[int, int]] = {}
+        for name in ["tcp", *(f"disk{lane}" for lane in range(LANES))]:
+            text = self.agent.check(f"cat /run/{name}")
+            found = re.fullmatch(r"rounds (\d+) again (\d+)", text.strip())
+            assert found, f"{name}: {text}"
+            said[name] = (int(found[1]), int(found[2]))
+        return said
+
+
+def complaints(agent: Agent) -> list[str]:
+    """What the guest's kernel did not like."""
+    return COMPLAINTS.findall(agent.check("dmesg"))
+
+
+@pytest.mark.timeout(600)
+def test_twenty_snapshots_under_load_and_restores(
+    host: VmHost, linux: Machine, tap: tuple[str, str, str], tmp_path: Path
+) -> None:
+    name, here, there = tap
+    with open(tmp_path / "data.img", "wb") as image:
+        image.truncate(8 << 20)
+    machine = linux(
+        "source",
+        load=True,
+        memory="128M",
+        disks=[{"id": "data", "path": "data.img"}],
+        nets=[{"id": "lan", "tap": name}],
+        consoles=[{"id": "hvc0", "type": "virtio"}, {"id": "hvc1", "type": "virtio"}],
+    )
+    began = time.monotonic()
+
+    def tell(what: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} {what}")
+
+    vm = host.start(machine)
+    worker = Worker(vm, here)
+    worker.start_work(there, here)
+    consoles = worker.consoles()
+    tell("booted")
+    kept = []
+    with working(worker.stream, *consoles), vm.qmp() as qmp:
+        for n, way in zip(range(ROUNDS), itertools.cycle(["moment", "live", "stopped", "live on a base"])):
+            for part in (*consoles, worker.stream):
+                part.wait_more()
+            path = tmp_path / f"t{n}"
+            if way == "stopped":
+                qmp.execute("stop")
+            if way.startswith("live"):
+                base = {"base": str(kept[-1])} if way != "live" and kept else {}
+                qmp.execute("x-motorcade-snapshot", {"dir": str(path), "live": True, **base})
+            else:
+                qmp.execute("migrate", {"uri": f"file:{path}"})
+            info = vm.await_snapshot(qmp)
+            assert info["status"] == "completed", info
+            if way == "stopped":
+                qmp.execute("cont")
+            template.run_verify(argparse.Namespace(dir=path))
+            tell(f"{way}: {info}")
+            if n % EVERY == EVERY - 1:
+                kept.append(path)
+            else:
+                shutil.rmtree(path)
+        for part in (*consoles, worker.stream):
+            part.wait_more()
+        done = worker.done()
+        tell(f"{done}; {worker.stream}; {[str(c) for c in consoles]}")
+        assert all(rounds > ROUNDS and again == 0 for rounds, again in done.values()), done
+        assert complaints(worker.agent) == []
+    vm.close()
+    port = worker.stream.port
+    for path in kept:
+        vm = host.start(machine, template=path)
+        worker = Worker(vm, here, port, resumed=True)
+        consoles = worker.consoles()
+        with working(worker.stream, *consoles):
+            before = worker.done()
+            for part in (*consoles, worker.stream):
+                part.wait_more()
+            while any(done[0] <= before[name][0] for name, done in worker.done().items()):
+                pass
+            now = time.time()
+            ahead = int(worker.agent.check("date +%s")) - now
+            done = worker.done()
+            tell(f"restored: {done}; {worker.stream}; {[str(c) for c in consoles]}; its clock is {ahead:.1f} s ahead")
+            assert done.pop("tcp")[1] == 1, "our end of its connection was gone, so it has made another"
+            assert all(again == 0 for _, again in done.values())
+            assert -2 < ahead < 2 + time.time() - now
+            assert complaints(worker.agent) == []
+        vm.close()
