@@ -4,7 +4,7 @@
 PYTHON ?= python3
 export PYTHON
 ARGS ?=
-BENCH ?= blk boot start console
+BENCH ?= blk boot start console restore clones snapshot
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench clean
@@ -13,7 +13,7 @@ help:
 	@echo 'make demo    boot an unmodified Debian kernel and show what was seen from inside it'
 	@echo 'make test    every test; those that need Linux guests run in a box where KVM cannot boot one'
 	@echo 'make check   ruff, mypy --strict, C parts with -Wall -Wextra -Werror'
-	@echo 'make bench   side-by-side measurements (BENCH="blk boot start console")'
+	@echo 'make bench   side-by-side measurements (BENCH="$(BENCH)")'
 	@echo 'make setup   only the set-up'
 	@echo 'make clean   remove what was built (.venv, .cache, C parts)'
 

@@ -42,3 +42,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 99th percentile (the nearest value that was measured) and most."""
+    ordered = sorted(values)
+    p99 = ordered[max(0, -(-len(ordered) * 99 // 100) - 1)]
+    return {"p50": statistics.median(ordered), "p99": p99, "max": ordered[-1]}
