@@ -24,6 +24,7 @@ pytestmark = pytest.mark.kvm
 PAGE = 4096
 RAM, PAGES = 16 << 20, 4096  # where the busy guest's data are, and how many pages
 BUSY = f"ram={RAM}:{PAGES}:60 serve=20000:64"  # 64 pages every few microseconds, round and round
+ROUND = b"." * (PAGES // 64 + 1)  # heard after the first beat: every page has been written once
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def torn_pages(template: Path) -> int:
 def test_live_snapshots_of_a_guest_that_writes_all_the_time(host: VmHost, guest: Path, tmp_path: Path) -> None:
     vm = host.start(machine(guest, BUSY))
     with vm.attach() as console:
-        hear(console, b"." * 500)
+        hear(console, ROUND)
         for n in range(5):
             info = vm.snapshot(tmp_path / f"t{n}", live=bool(n % 2))
             assert info["status"] == "completed", info
@@ -150,7 +151,7 @@ def test_a_sidecar_that_hangs(host: VmHost, guest: Path, tmp_path: Path, impatie
     (tmp_path / "disk.img").write_bytes(bytes(1 << 20))
     vm = host.start(machine(guest, BUSY, disks=[{"id": "d", "path": str(tmp_path / "disk.img")}]))
     with vm.attach() as console:
-        hear(console, b".")
+        hear(console, ROUND)
         os.kill(vm.sidecar_pid("d"), signal.SIGSTOP)
         info = vm.snapshot(tmp_path / "t", live=live)
         assert (info["status"], info["error-desc"]) == ("failed", "d: no answer to quiesce within 0.3 s")

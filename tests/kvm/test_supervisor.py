@@ -98,6 +98,8 @@ def test_a_late_console_sees_the_boot(host: Host, guest: Path, tmp_path: Path) -
     done = host.vmmctl("console", "web", stdin="abc")  # ends with the VM
     assert done.stdout.replace("\r", "") == "hello\nabc"
     assert "has no console x" in host.vmmctl("console", "web", "x", check=3).stderr or host.names() == []
+    # The console ends when its sidecar does; the supervisor has a little more to do.
+    host.wait_for("the VM's end", lambda: host.names() == [])
 
 
 def test_signals_press_the_power_button(host: Host, guest: Path, tmp_path: Path) -> None:
