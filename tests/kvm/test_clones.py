@@ -63,7 +63,7 @@ class World:
             process.stdin.write(text.encode())
             process.stdin.flush()
             said = b""
-            while b"more" not in said:
+            while not re.search(rb"more\r?\n", said):
                 some = os.read(process.stdout.fileno(), 4096)
                 assert some, said
                 said += some

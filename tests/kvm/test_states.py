@@ -92,8 +92,8 @@ def frozen(host: VmHost, guest: Path, shm: Path) -> Path:
 def test_ram_stays_as_it_is_after_its_state_is_written(host: VmHost, guest: Path, shm: Path) -> None:
     """The guest ran, and does not go on by itself; cont takes it back, and the state is worth nothing then."""
     vm = source(host, guest, shm)
-    before = (shm / "ram").read_bytes()
     assert migrate(vm, f"file:{shm / 'state'}")["status"] == "completed"
+    before = (shm / "ram").read_bytes()
     with vm.qmp() as qmp:
         assert qmp.execute("query-status") == {"running": False, "singlestep": False, "status": "postmigrate"}
         with vm.attach() as console:
