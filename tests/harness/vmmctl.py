@@ -53,7 +53,7 @@ class Host:
         done = subprocess.run(
             self.command(*args), env=self.env, input=stdin, capture_output=True, text=True, timeout=DEADLINE
         )
-        done.stderr = re.sub(r"(?m)^vmmctl: .* \.\.\.\n", "", done.stderr)
+        done.stderr = re.sub(r"(?m)^vmmctl: .*(?: \.\.\.|after [0-9.]+ s)\n", "", done.stderr)
         if check is not None:
             assert done.returncode == check, f"{args}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done

@@ -25,7 +25,7 @@ from motorcade.orchestrator import console
 from motorcade.orchestrator.errors import EXIT_NOT_FOUND, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 BIG = b"".join(b"%07d\n" % i for i in range(1 << 17))  # 1 MiB
 
 
