@@ -1,5 +1,6 @@
 """For every test: where it runs, and what the end of the output says about that."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    # Under nohup it is ignored, and would be in what the tests start, too.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if box.IN_BOX:
         return  # the pytest outside does the counting
     from motorcade.orchestrator.kvmprobe import probe
