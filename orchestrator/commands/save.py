@@ -41,15 +41,14 @@ def run(args: argparse.Namespace) -> int:
     """See the module. Errors: UserError."""
     vm = find_running(args.name)
     from motorcade.orchestrator.commands.down import Ending
-    from motorcade.orchestrator.commands.snapshot import wait
+    from motorcade.orchestrator.commands.snapshot import take
     from motorcade.orchestrator.qmpclient import QmpClient
 
     arguments = {"file": os.path.normpath(args.file.absolute()), "leave-running": args.leave_running}
     end = Ending(vm)
     try:
         with QmpClient(vm.path / "qmp.sock") as qmp:
-            qmp.execute("x-motorcade-save", arguments)
-            if status := wait(qmp, args.name):
+            if status := take(qmp, args.name, "x-motorcade-save", arguments):
                 return status
         if not args.leave_running:
             end.quit()

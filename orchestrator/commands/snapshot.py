@@ -62,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from motorcade.orchestrator.qmpclient import QmpClient
 
     with QmpClient(vm.path / "qmp.sock") as qmp:
-        qmp.execute("x-motorcade-snapshot", arguments)
-        return wait(qmp, args.name)
+        return take(qmp, args.name, "x-motorcade-snapshot", arguments)
 
 
 def _check_shared(vm: rundir.Vm, folder: Path) -> None:
@@ -74,9 +73,13 @@ def _check_shared(vm: rundir.Vm, folder: Path) -> None:
         raise UserError(f"{vm.name} runs in the box, which cannot write to {folder}; folders that it can: {there}")
 
 
-def wait(qmp: QmpClient, name: str) -> int:
-    """Until it is over. Errors: UserError where there is no snapshot."""
+def take(qmp: QmpClient, name: str, command: str, arguments: dict[str, Any]) -> int:
+    """Has it taken by a command that answers at once, and waits until it is over. Ctrl-C, whenever it comes, ends it.
+
+    Errors: UserError where there is no snapshot.
+    """
     interrupted = _Interrupts()
+    qmp.execute(command, arguments)
     progress = _Progress()
     asked = False
     while True:
