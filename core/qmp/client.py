@@ -160,13 +160,16 @@ class Client:
         if self._running:  # a Deferred that was finished at once: the loop below us goes on
             return
         self._running = True
+        ran = False
         try:
             while self.open and self._input and not self._busy and len(self._output) < PAUSE_READING:
                 self._execute(self._input.popleft())
+                ran = True
         finally:
             self._running = False
-        if not self._input and not self._splitter.pending:
-            self._received.close()  # no request that they came with is left
+        if ran and not self._input and not self._splitter.pending:
+            # No request that they came with is left. What came beside white space alone, as qemu.qmp sends it, waits.
+            self._received.close()
         if self.open and self._eof and not self._input and not self._busy and not self._output:
             self.close()
         self._update()

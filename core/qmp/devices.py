@@ -36,11 +36,13 @@ def _uri(filename: str) -> str:
 
 
 def _save_devices_state(ctx: Context, args: SaveDevicesState) -> Deferred:
+    """Writes the state of the machine without RAM and disks to a file; the answer comes when it is written."""
     uri = _uri(args.filename)
     return finished(ctx, Plan(uri, what="devices", given=given(ctx, uri)))
 
 
 def _load_devices_state(ctx: Context, args: LoadDevicesState) -> Deferred:
+    """Puts such a state into the machine, which is stopped; the answer comes when it is there."""
     uri = _uri(args.filename)
     later = Deferred()
     fd = given(ctx, uri)

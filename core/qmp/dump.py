@@ -27,6 +27,7 @@ class DumpGuestMemory(Arguments, frozen=True):
 
 @command("dump-guest-memory", arguments=DumpGuestMemory, states=MACHINE_IS_THERE)
 def dump_guest_memory(ctx: Context, args: DumpGuestMemory) -> Empty | Deferred:
+    """Writes guest memory as an ELF core file. Event DUMP_COMPLETED."""
     scheme, _, rest = args.protocol.partition(":")
     if scheme not in ("file", "fd") or not rest:
         raise QmpError(f"'{args.protocol}' is no place for a dump: file:PATH or fd:NAME")
@@ -66,6 +67,7 @@ def _info(report: Report) -> DumpInfo:
 
 @command("query-dump", arguments=NoArguments, returns=DumpInfo)
 def query_dump(ctx: Context, _args: NoArguments) -> DumpInfo:
+    """How the present dump, or the last, is going."""
     return _info(ctx.machine.dump_report)
 
 
@@ -77,4 +79,5 @@ class DumpCapability(Result, frozen=True):
 
 @command("query-dump-guest-memory-capability", arguments=NoArguments, returns=DumpCapability)
 def query_dump_guest_memory_capability(_ctx: Context, _args: NoArguments) -> DumpCapability:
+    """The formats of dumps."""
     return DumpCapability(list(FORMATS))

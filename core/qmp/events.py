@@ -1,27 +1,104 @@
-"""The events, each with what its data hold. EVENTS is what query-events answers and emit() accepts."""
+"""The events: one class each, from which follow what emit() accepts and what query-events and query-qmp-schema say.
+
+A field ``node_name`` is the member ``node-name``; one that has a default may be left out. The docstring's first line is
+the event's description.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-EVENTS: Mapping[str, frozenset[str]] = {
-    # name: the members that its data always have (QEMU's qapi/run-state.json for those of QEMU)
-    "STOP": frozenset(),
-    "RESUME": frozenset(),
-    "RESET": frozenset({"guest", "reason"}),
-    "POWERDOWN": frozenset(),
-    "SHUTDOWN": frozenset({"guest", "reason"}),
-    "MIGRATION": frozenset({"status"}),
-    "DUMP_COMPLETED": frozenset({"result"}),
-    "SIDECAR_EXITED": frozenset({"id", "kind", "reason"}),
-    "SIDECAR_FAILED": frozenset({"id", "kind", "reason"}),
+import msgspec
+
+
+class EventData(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", frozen=True):
+    """Base of an event's data."""
+
+
+class Stop(EventData, frozen=True):
+    """The vCPUs have stopped."""
+
+
+class Resume(EventData, frozen=True):
+    """The vCPUs run again."""
+
+
+class Reset(EventData, frozen=True):
+    """The machine was reset; ``guest``: by the guest itself."""
+
+    guest: bool
+    reason: str
+
+
+class Powerdown(EventData, frozen=True):
+    """The ACPI power button was pressed."""
+
+
+class Shutdown(EventData, frozen=True):
+    """The VM ends; ``guest``: it is the guest that wants it so."""
+
+    guest: bool
+    reason: str
+
+
+class Migration(EventData, frozen=True):
+    """A snapshot's status has changed."""
+
+    status: str
+
+
+class DumpResult(msgspec.Struct, frozen=True):
+    """Bytes of RAM."""
+
+    status: str
+    completed: int
+    total: int
+
+
+class DumpCompleted(EventData, frozen=True):
+    """A dump is over; ``error``: why there is none."""
+
+    result: DumpResult
+    error: str | None = None
+
+
+class SidecarExited(EventData, frozen=True):
+    """A sidecar's process has ended."""
+
+    id: str
+    kind: str
+    reason: str
+
+
+class SidecarFailed(EventData, frozen=True):
+    """A device has lost its sidecar for good; the guest goes on without it."""
+
+    id: str
+    kind: str
+    reason: str
+
+
+EVENTS: Mapping[str, type[EventData]] = {
+    # QEMU's (qapi/run-state.json, migration.json, dump.json)
+    "STOP": Stop,
+    "RESUME": Resume,
+    "RESET": Reset,
+    "POWERDOWN": Powerdown,
+    "SHUTDOWN": Shutdown,
+    "MIGRATION": Migration,
+    "DUMP_COMPLETED": DumpCompleted,
+    # ours
+    "SIDECAR_EXITED": SidecarExited,
+    "SIDECAR_FAILED": SidecarFailed,
 }
 
 
 def check(name: str, data: Mapping[str, object]) -> None:
-    """ValueError where ``name`` is no event of ours or ``data`` lack a member: a mistake in the caller."""
-    members = EVENTS.get(name)
-    if members is None:
+    """ValueError where ``name`` is no event of ours or ``data`` are not what its class says: the caller's mistake."""
+    kind = EVENTS.get(name)
+    if kind is None:
         raise ValueError(f"{name} is not in EVENTS")
-    if missing := members - data.keys():
-        raise ValueError(f"event {name} lacks {', '.join(sorted(missing))}")
+    try:
+        msgspec.convert(data, kind)
+    except msgspec.ValidationError as e:
+        raise ValueError(f"event {name}: {e}") from None

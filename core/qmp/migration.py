@@ -38,6 +38,7 @@ class CapabilityStatus(Result, frozen=True, omit_defaults=False):
 
 @command("migrate-set-capabilities", arguments=SetCapabilities)
 def migrate_set_capabilities(ctx: Context, args: SetCapabilities) -> Empty:
+    """Sets what the next snapshots do."""
     if not ctx.machine.snapshot_report.status.over:
         raise QmpError("A snapshot is being taken; its capabilities cannot be changed any more")
     for wish in args.capabilities:
@@ -52,6 +53,7 @@ def migrate_set_capabilities(ctx: Context, args: SetCapabilities) -> Empty:
 
 @command("query-migrate-capabilities", arguments=NoArguments, returns=list[CapabilityStatus])
 def query_migrate_capabilities(ctx: Context, _args: NoArguments) -> list[CapabilityStatus]:
+    """What the next snapshots do."""
     return [CapabilityStatus(name, name in ctx.capabilities) for name in CAPABILITIES]
 
 
@@ -66,6 +68,7 @@ class Migrate(Arguments, frozen=True):
 
 @command("migrate", arguments=Migrate, states=MACHINE_IS_THERE)
 def migrate(ctx: Context, args: Migrate) -> Empty:
+    """Begins a snapshot of the machine, which stays. Events MIGRATION."""
     scheme, colon, rest = args.uri.partition(":")
     if not colon or scheme not in ("file", "exec", "fd") or not rest:
         raise QmpError(f"'{args.uri}' is no place for a snapshot: file:DIRECTORY, exec:COMMAND or fd:NAME")
@@ -116,6 +119,7 @@ class Snapshot(Arguments, frozen=True):
 
 @command("x-motorcade-snapshot", arguments=Snapshot, states=MACHINE_IS_THERE)
 def x_motorcade_snapshot(ctx: Context, args: Snapshot) -> Empty:
+    """Begins a template, if wanted one that differs from another. Events MIGRATION."""
     for name, path in (("dir", args.dir), ("base", args.base)):
         if path is not None and not path.startswith("/"):
             raise QmpError(f"Parameter '{name}' must be an absolute path")
@@ -132,6 +136,7 @@ class Save(Arguments, frozen=True):
 
 @command("x-motorcade-save", arguments=Save, states=MACHINE_IS_THERE)
 def x_motorcade_save(ctx: Context, args: Save) -> Empty:
+    """Begins a checkpoint: all but the disks, in one file. Events MIGRATION."""
     if not args.file.startswith("/"):
         raise QmpError("Parameter 'file' must be an absolute path")
     start(ctx, Plan(f"file:{args.file}", what="save", rest=not args.leave_running))
@@ -140,6 +145,7 @@ def x_motorcade_save(ctx: Context, args: Save) -> Empty:
 
 @command("migrate_cancel", arguments=NoArguments)
 def migrate_cancel(ctx: Context, _args: NoArguments) -> Empty:
+    """Ends the snapshot at hand, if any; the guest goes on."""
     ctx.machine.cancel_snapshot()
     return Empty()
 
@@ -168,6 +174,7 @@ class MigrationInfo(Result, frozen=True):
 
 @command("query-migrate", arguments=NoArguments, returns=MigrationInfo)
 def query_migrate(ctx: Context, _args: NoArguments) -> MigrationInfo:
+    """How the present snapshot, or the last, is going."""
     return _info(ctx.machine.snapshot_report, ctx.now())
 
 
@@ -198,6 +205,7 @@ class MigrateIncoming(Arguments, frozen=True):
 
 @command("migrate-incoming", arguments=MigrateIncoming)
 def migrate_incoming(ctx: Context, args: MigrateIncoming) -> Deferred:
+    """Names the template to a machine that waits for one."""
     later = Deferred()
     fd = given(ctx, args.uri)
     try:

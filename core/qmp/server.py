@@ -17,14 +17,26 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from motorcade.core.qmp import commands, devices, dump, events, migration
+from motorcade.core.qmp import (
+    backends,
+    balloon,
+    block,
+    commands,
+    cpus,
+    devices,
+    dump,
+    events,
+    migration,
+    run,
+    sidecars,
+)
 from motorcade.core.qmp.client import Client
 from motorcade.core.qmp.machine import MachineControl
 from motorcade.core.qmp.registry import Context, registry
 
 log = logging.getLogger(__name__)
 
-COMMANDS = (commands, devices, dump, migration)
+COMMANDS = (backends, balloon, block, commands, cpus, devices, dump, migration, run, sidecars)
 """Imported, their commands are defined."""
 MAX_CLIENTS = 64
 HOLD_SECONDS = 2.0

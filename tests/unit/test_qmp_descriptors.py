@@ -133,6 +133,21 @@ def test_a_descriptor_that_came_with_another_request_is_closed(client: QmpClient
         assert not pipe.is_open()
 
 
+def test_a_descriptor_beside_white_space_is_for_the_next_request(client: QmpClient) -> None:
+    """As qemu.qmp's send_fd_scm sends it."""
+    with Pipe() as pipe:
+        pipe.give(client, b" ")
+        assert client.ask("getfd", fdname="spaced") == {"return": {}}
+        assert pipe.is_open()
+        client.ask("closefd", fdname="spaced")
+        assert not pipe.is_open()
+    with Pipe() as pipe:
+        pipe.give(client, b" ")
+        client.ask("query-name")
+        assert desc(client.ask("getfd", fdname="late")) == "No file descriptor supplied via SCM_RIGHTS"
+        assert not pipe.is_open()
+
+
 def test_what_has_a_name_outlives_its_client_and_ends_with_the_vm(tmp_path: Path) -> None:
     with Pipe() as named, Pipe() as nameless:
         with qmp_host(tmp_path / "qmp.sock") as host:

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from harness.qmp import QmpClient, QmpHost, qmp_host
 from motorcade import __version__
 from motorcade.core.qmp import client as client_module
+from motorcade.core.qmp.events import EVENTS
 from motorcade.core.qmp.machine import RunState
+from motorcade.core.qmp.registry import registry
 
 PIECES = [
     b'{"execute": "stop"}',
@@ -469,3 +471,10 @@ def test_whatever_is_sent_is_answered_in_json_and_the_server_lives(pieces: list[
                 assert {"return", "error", "event"} & json.loads(line).keys()
         with host.connect() as after:
             assert after.ask("query-name") == {"return": {"name": "fake"}}
+
+
+def test_every_command_and_event_says_what_it_is() -> None:
+    for name in registry.names():
+        assert (registry.find(name).handler.__doc__ or "").strip(), f"{name}: its function has no docstring"
+    for name, kind in EVENTS.items():
+        assert kind.__doc__, f"{name}: its class has no docstring"

@@ -1,0 +1,104 @@
+"""What the machine is, and having it run, stop, reset and end (QEMU's qapi/run-state.json, misc.json, machine.json)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from motorcade.core.qmp.commands import Named
+from motorcade.core.qmp.machine import RunState
+from motorcade.core.qmp.registry import Context, Empty, NoArguments, Result, Then, command
+
+_OVER = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
+_ALIVE = frozenset(RunState) - _OVER
+
+
+class StatusInfo(Result, frozen=True):
+    """Of query-status."""
+
+    running: bool
+    singlestep: bool
+    status: str
+
+
+@command("query-status", arguments=NoArguments, returns=StatusInfo)
+def query_status(ctx: Context, _args: NoArguments) -> StatusInfo:
+    """Whether the machine runs, and why not."""
+    state = ctx.machine.run_state
+    return StatusInfo(state.runs, False, state.value)
+
+
+@command("query-name", arguments=NoArguments, returns=Named)
+def query_name(ctx: Context, _args: NoArguments) -> Named:
+    """The VM's name."""
+    return Named(ctx.machine.name)
+
+
+class Uuid(Result, frozen=True):
+    """Of query-uuid."""
+
+    uuid: str = msgspec.field(name="UUID")
+
+
+@command("query-uuid", arguments=NoArguments, returns=Uuid)
+def query_uuid(ctx: Context, _args: NoArguments) -> Uuid:
+    """The VM's UUID."""
+    return Uuid(ctx.machine.uuid)
+
+
+class KvmInfo(Result, frozen=True):
+    """Of query-kvm."""
+
+    enabled: bool
+    present: bool
+
+
+@command("query-kvm", arguments=NoArguments, returns=KvmInfo)
+def query_kvm(_ctx: Context, _args: NoArguments) -> KvmInfo:
+    """Whether KVM is there and in use: always."""
+    return KvmInfo(enabled=True, present=True)  # there is no machine without it
+
+
+class TargetInfo(Result, frozen=True):
+    """Of query-target."""
+
+    arch: str
+
+
+@command("query-target", arguments=NoArguments, returns=TargetInfo)
+def query_target(_ctx: Context, _args: NoArguments) -> TargetInfo:
+    """The guest's architecture."""
+    return TargetInfo("x86_64")
+
+
+@command("stop", arguments=NoArguments, states=_ALIVE)
+def stop(ctx: Context, _args: NoArguments) -> Empty:
+    """Stops the vCPUs, if they run. Event STOP."""
+    ctx.machine.pause()
+    return Empty()
+
+
+@command("cont", arguments=NoArguments, states=_ALIVE)
+def cont(ctx: Context, _args: NoArguments) -> Empty:
+    """Lets the vCPUs run, if they do not. Event RESUME."""
+    ctx.machine.resume()
+    return Empty()
+
+
+@command("system_reset", arguments=NoArguments, states=_ALIVE)
+def system_reset(ctx: Context, _args: NoArguments) -> Empty:
+    """Resets the machine as its reset button would. Event RESET."""
+    ctx.machine.reset("host-qmp-system-reset")
+    return Empty()
+
+
+@command("system_powerdown", arguments=NoArguments, states=_ALIVE)
+def system_powerdown(ctx: Context, _args: NoArguments) -> Empty:
+    """Presses the ACPI power button; the guest decides what comes of it. Event POWERDOWN."""
+    ctx.machine.powerdown()
+    return Empty()
+
+
+@command("quit", arguments=NoArguments)
+def quit_(ctx: Context, _args: NoArguments) -> Then:
+    """Ends the VM, disks flushed. Event SHUTDOWN, after the answer."""
+    return Then(Empty(), lambda: ctx.machine.quit("host-qmp-quit"))
