@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from motorcade.core.platform import NO_SLOT, PAGER, Platform
 from motorcade.core.qmp import machine as qmp
@@ -39,15 +39,18 @@ def char_devices(platform: Platform) -> Sequence[qmp.CharDevice]:
     return [qmp.CharDevice(i["label"], i["filename"], i["frontend-open"]) for i in infos]
 
 
-def sidecars(platform: Platform) -> Sequence[qmp.Sidecar]:
+def sidecars(
+    platform: Platform, depths: Callable[[str], Sequence[qmp.QueueDepth]]
+) -> Sequence[qmp.Sidecar]:
     """The backend processes in slot order, and the pager."""
     return [
         qmp.Sidecar(
             slot.device_id,
             slot.kind,
             slot.pid,
-            platform.links[slot.device_id].state.value,
+            "paused" if platform.links[slot.device_id].paused else platform.links[slot.device_id].state.value,
             None if slot.index == NO_SLOT else slot.index,
+            depths(slot.device_id),
         )
         for slot in sorted(platform.slots, key=lambda slot: slot.kind == PAGER)
     ]

@@ -53,6 +53,7 @@ class SidecarLink:
         self.pid = pid
         self.state = LinkState.WAITING
         self.gone_reason = ""
+        self.paused = False  # by a person: it stays quiet over snapshots
         self._loop = loop
         self._server = server
         self._kill = kill
@@ -67,6 +68,7 @@ class SidecarLink:
     def died(self, reason: str) -> None:
         """The process has ended; whoever waited for it need not wait any more."""
         self.state = LinkState.GONE
+        self.paused = False
         self.gone_reason = reason
         self._server.forget(self.device_id)
         self._release()
@@ -76,6 +78,7 @@ class SidecarLink:
         self.gone_reason = "it was replaced"
         self._server.expect(self.device_id, pid)
         self.pid = pid
+        self.paused = False
         self.state = LinkState.WAITING
         self._release()
 
@@ -155,8 +158,26 @@ class SidecarLink:
             self._server.request(self.device_id, body, deadline_ms, answered)
         return future
 
+    def pause(self) -> Future[messages.Answer]:
+        """Brings it to rest, which no snapshot's end ends: only clearing ``paused`` and ``wake`` do."""
+        rest = self.ask(messages.Quiesce(), QUIESCE_MS)
+
+        def at_rest() -> None:
+            try:
+                rest.result()
+            except SidecarError as e:
+                log.warning("not paused: %s", e)
+            else:
+                self.paused = True
+
+        rest.on_done(at_rest)
+        return rest
+
     def wake(self) -> None:
-        """Ends a quiesce, or the rest in which a restored sidecar starts; one that does not answer is killed."""
+        """Ends a quiesce, or the rest in which a restored sidecar starts; one that does not answer is killed. A paused
+        one stays quiet."""
+        if self.paused:
+            return
         self._request(messages.Resume(), DEADLINE_MS)
 
     def restore_queues(

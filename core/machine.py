@@ -28,6 +28,7 @@ from motorcade.core.snapshot.plan import Kind, Plan, Report, SnapshotError, Stat
 from motorcade.core.task import Future
 from motorcade.core.vcpu import StopReason
 from motorcade.core.virtio import Identity
+from motorcade.core.watching import Watching
 from motorcade.proto import messages, versions
 from motorcade.proto.framing import ControlServer
 from motorcade.proto.memory import GuestMemory
@@ -72,6 +73,7 @@ class Machine:
         self._platform = Platform(boot, fds, memory, loop, server, self, vm)
         self._snapshots = Coordinator(self._platform, self, self._life, fds["memory"], fds.get("dirty"))
 
+        self.watching = Watching(self._platform, fds, self._why_not_now)
         self._incoming = Incoming(self._platform, self._life, self, deferred=self._role.defer)
         server.handler = self._on_message
         loop.add_control(server.fileno(), server.process)
@@ -386,6 +388,14 @@ class Machine:
             raise QmpError("this machine was restored without its kernel image, which a reset needs")
         self._reset(reason, guest=False)
 
+    def _why_not_now(self) -> str:
+        """Why no sidecar can be told to rest or to go on: all of them are at rest, or come to it."""
+        if self._held or self._snapshots.busy:
+            return "a snapshot is being taken; its end is to be waited for (query-migrate)"
+        if self._dormant or self._resting or not self._announced:
+            return "the machine is at rest, and its sidecars with it, until it runs"
+        return ""
+
     def _started(self) -> None:
         if not self._announced:
             what = "waits for its template" if self._boot.incoming else "is still starting: its sidecars are not ready"
@@ -434,7 +444,7 @@ class Machine:
         return inventory.char_devices(self._platform)
 
     def sidecars(self) -> Sequence[qmp.Sidecar]:
-        return inventory.sidecars(self._platform)
+        return inventory.sidecars(self._platform, self.watching.depths)
 
     def sidecar_stats(self, device_id: str, done: Callable[[messages.StatsReport | None], None]) -> None:
         link = self._platform.links.get(device_id)

@@ -178,7 +178,7 @@ class Platform:
         """
         if self.uart is None or on == self._uart_polled:
             return
-        if on and self.links[self.uart_id].state is LinkState.GONE:
+        if on and (self.links[self.uart_id].state is LinkState.GONE or self.links[self.uart_id].paused):
             return
         self._uart_polled = on
         if on:

@@ -20,7 +20,7 @@ import msgspec
 from motorcade.orchestrator import ahead, charbackend, frozendisks, memoryfile, netbackend, pagers, rundir
 from motorcade.orchestrator.errors import UserError
 from motorcade.orchestrator.machine import Console, Disk, Kernel, Kit, Machine, Net, To
-from motorcade.proto import memory
+from motorcade.proto import memory, watch
 from motorcade.proto.memory import PAGE
 from motorcade.proto.messages import BlkBoot, KitBoot, NetBoot, Role, SerialBoot
 from motorcade.sidecars import lazymem
@@ -53,6 +53,7 @@ class Device:
     kicks: list[int] = field(default_factory=list)
     call: int = -1
     isr: int = -1
+    watch: int = -1  # counters and events, for whoever looks
     backend: str = ""  # for a person
     info: dict[str, Any] = field(default_factory=dict)  # for QMP's query-block and the like
     locks: tuple[dict[str, Any], ...] = ()
@@ -149,6 +150,7 @@ class Resources:
         if "state" in self.template:
             fds["state"] = self.template["state"]
         for device in self.devices:
+            fds[f"watch.{device.id}"] = device.watch
             if device.slot is not None:
                 fds |= {f"kick.{device.id}.{n}": fd for n, fd in enumerate(device.kicks)}
                 fds |= {f"call.{device.id}.0": device.call, f"isr.{device.id}": device.isr}
@@ -156,7 +158,7 @@ class Resources:
 
     def sidecar_fds(self, device: Device) -> dict[str, int]:
         """What a device's sidecar gets."""
-        fds = {**self.everyone, **device.fds}
+        fds = {**self.everyone, **device.fds, "watch": device.watch}
         if device.slot is None:
             return fds | self.shared
         fds |= {f"kick.{n}": fd for n, fd in enumerate(device.kicks)}
@@ -167,7 +169,8 @@ class Resources:
         return fd
 
     def _add(self, device: Device) -> None:
-        """Gives a virtio device its slot, doorbells and interrupt."""
+        """Gives a device what its sidecar is watched through, and one on virtio its slot, doorbells and interrupt."""
+        device.watch = self._own(watch.make())
         if device.slot is not None:
             first = FIRST_SLOT.get(device.kind, KIT_SLOT)
             others = (d for d in self.devices if d.slot is not None)

@@ -52,7 +52,17 @@ struct Message {
 
     populate @20 :Void;
     # To the pager: fill every page of guest memory that comes from the template, then answer.
+
+    inject @21 :Inject;
+    # Fail or delay the next requests, for testing guests. Refused by kinds that cannot.
   }
+}
+
+struct Inject {
+  operation @0 :Text;       # any, or of the kind: read, write, flush, discard; rx, tx
+  count @1 :UInt32;         # how many; 0: no more from now on
+  status @2 :Text;          # what they are answered with: ioerr, unsupp, drop; empty: they are carried out
+  delayMs @3 :UInt32;       # how long each waits first
 }
 
 struct DeviceState {
@@ -145,4 +155,8 @@ struct QueueStats {
   kicks @5 :UInt64;         # wake-ups by the guest
   interrupts @6 :UInt64;    # interrupts raised
   suppressed @7 :UInt64;    # interrupts that EVENT_IDX or NO_INTERRUPT spared the guest
+  taken @8 :UInt64;         # chains taken
+  inFlight @9 :UInt64;      # taken and not yet completed, now
+  latencyNs @10 :UInt64;    # from take to completion, the sum in ns,
+  latency @11 :List(UInt64);  # and how often: element n counts 2^n to 2^(n+1) - 1 ns, the last what is longer, too
 }

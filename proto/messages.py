@@ -188,6 +188,16 @@ class Populate:
 
 
 @dataclass(frozen=True, slots=True)
+class Inject:
+    """Fail (``status``) or delay the next ``count`` requests of a kind; 0: none any more."""
+
+    operation: Word
+    count: int
+    status: Word = ""
+    delay_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Ok:
     """Done as asked."""
 
@@ -202,7 +212,7 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """Counts of one queue since the sidecar started."""
+    """Counts of one queue since its device was made; ``latency`` as in control.capnp."""
 
     index: int
     requests: int = 0
@@ -212,6 +222,10 @@ class QueueStats:
     kicks: int = 0
     interrupts: int = 0
     suppressed: int = 0
+    taken: int = 0
+    in_flight: int = 0
+    latency_ns: int = 0
+    latency: Annotated[tuple[int, ...], Max(64)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +260,19 @@ class NeedsReset:
 
 
 Request: TypeAlias = (
-    Hello | Activate | Reset | ConfigWrite | StatsRequest | Ping | Shutdown | Quiesce | Save | Load | Resume | Populate
+    Hello
+    | Activate
+    | Reset
+    | ConfigWrite
+    | StatsRequest
+    | Ping
+    | Shutdown
+    | Quiesce
+    | Save
+    | Load
+    | Resume
+    | Populate
+    | Inject
 )
 Answer: TypeAlias = Ok | Error | Welcome | StatsReport | Saved
 Notice: TypeAlias = ConfigChanged | NeedsReset

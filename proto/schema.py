@@ -43,6 +43,7 @@ from motorcade.proto.messages import (
     Hello,
     Id,
     Incoming,
+    Inject,
     Json,
     KillSidecar,
     KitBoot,
@@ -120,6 +121,7 @@ __all__ = [
     "Hello",
     "Id",
     "Incoming",
+    "Inject",
     "Json",
     "KillSidecar",
     "KitBoot",
@@ -216,6 +218,7 @@ _BODIES: dict[str, type[Any]] = {
     "resume": Resume,
     "saved": Saved,
     "populate": Populate,
+    "inject": Inject,
 }
 _ROLES: dict[str, type[Any]] = {
     "core": CoreBoot,

@@ -36,6 +36,7 @@ class _Lib:
     VIRTIO_NET_F_CTRL_MAC_ADDR: int
     VIRTIO_NET_S_LINK_UP: int
 
+    def mc_net_watch(self, net: Any, watch: Any, /) -> None: ...
     def mc_net_open(
         self, mem: Any, isr: Any, backend: int, fds: Any, pairs: int, mac: bytes, mtu: int, capture: int, /
     ) -> Any: ...

@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from motorcade.proto import watch
 from motorcade.proto.messages import DeviceState, QueueState, QueueStats
 from motorcade.proto.messages import Queue as QueueConfig
 
 if TYPE_CHECKING:
     from motorcade.proto.memory import GuestMemory
-    from motorcade.proto.messages import Boot, StatsReport
+    from motorcade.proto.messages import Boot, Inject, StatsReport
 
 __all__ = [
     "BrokenQueue",
@@ -33,6 +34,7 @@ __all__ = [
     "map_dirty",
     "map_isr",
     "queue_state",
+    "watched",
 ]
 
 # Feature bits that every kind offers for its own queues (virtio 1.2, section 6).
@@ -69,6 +71,8 @@ class Device(abc.ABC):
         self.memory = memory
         # The dirty log, for init_memory(); None: nobody wants to know.
         self.dirty = map_dirty(fds["dirty"]) if "dirty" in fds else None
+        # Counters and events, for whoever looks.
+        self.watch = watch.map_or_make(fds.get("watch"))
         # Signalled by the C loop when the main loop should look at broken_queues() and config.
         self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -140,6 +144,10 @@ class Device(abc.ABC):
         their positions. ValueError: no state of this kind, or of a version that it does not know; nothing changed."""
         raise NotImplementedError(f"{type(self).__name__} cannot be loaded")
 
+    def inject(self, what: Inject) -> None:
+        """Faults, for testing guests: from now on, while ``run`` may run. ValueError: not these, or none at all."""
+        raise ValueError(f"a {type(self).__name__} cannot fail or delay requests")
+
     def broken_queues(self) -> list[BrokenQueue]:
         """The queues that are broken now. The runtime announces each once an activation."""
         return []
@@ -197,9 +205,14 @@ def init_memory(ffi: Any, mem: Any, memory: GuestMemory, dirty: mmap.mmap | None
         mem.dirty = ffi.cast("uint64_t *", ffi.from_buffer(dirty))
 
 
+def watched(ffi: Any, mapping: mmap.mmap) -> Any:
+    """``Device.watch`` as a ``struct mc_watch *``; the mapping must outlive it."""
+    return ffi.cast("struct mc_watch *", ffi.from_buffer(mapping))
+
+
 def init_queue(lib: Any, vq: Any, queue: QueueConfig, features: int, *, kick_fd: int, call_fd: int) -> None:
-    """Starts a ``struct mc_vq *`` whose ``mem`` and ``isr`` are set, at the positions of ``queue``. Rings that are not
-    legal leave ``vq.error`` set; a queue that was broken before stays so."""
+    """Starts a ``struct mc_vq *`` whose ``mem``, ``isr`` and ``watch`` are set, at the positions of ``queue``. Rings
+    that are not legal leave ``vq.error`` set; a queue that was broken before stays so."""
     vq.kick_fd = kick_fd
     vq.call_fd = call_fd
     vq.index = queue.index
@@ -222,17 +235,21 @@ def broken(ffi: Any, lib: Any, vqs: Sequence[Any]) -> list[BrokenQueue]:
     return [BrokenQueue(vq.index, ffi.string(lib.mc_vq_strerror(vq.error)).decode()) for vq in vqs if vq.error]
 
 
-def queue_stats(vq: Any, index: int) -> QueueStats:
-    """The counters of a ``struct mc_vq *``. The data thread may be adding to them: each is exact, together they are not
-    one moment's."""
-    s = vq.stats
+def queue_stats(mapping: mmap.mmap, index: int) -> QueueStats:
+    """The counters of a queue in ``Device.watch``. The data thread may be adding to them: each is exact, together they
+    are not one moment's."""
+    c = watch.counters(mapping, index)
     return QueueStats(
         index=index,
-        requests=s.requests,
-        bytes_in=s.bytes_in,
-        bytes_out=s.bytes_out,
-        errors=s.errors,
-        kicks=s.kicks,
-        interrupts=s.interrupts,
-        suppressed=s.suppressed,
+        requests=c.requests,
+        bytes_in=c.bytes_in,
+        bytes_out=c.bytes_out,
+        errors=c.errors,
+        kicks=c.kicks,
+        interrupts=c.interrupts,
+        suppressed=c.suppressed,
+        taken=c.taken,
+        in_flight=c.in_flight,
+        latency_ns=c.latency_ns,
+        latency=c.latency,
     )

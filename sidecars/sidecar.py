@@ -194,6 +194,12 @@ class Sidecar:
             self.write_config(body)
         elif isinstance(body, m.StatsRequest):
             return self.device.stats()
+        elif isinstance(body, m.Inject):
+            try:
+                self.device.inject(body)
+            except ValueError as e:
+                raise Refused("invalid", str(e)) from None
+            log.warning("%d requests will be failed or delayed, as was asked: %s", body.count, body)
         elif isinstance(body, m.Quiesce):
             return self.quiesce(message.id)
         elif isinstance(body, m.Save):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from motorcade.core.qmp.errors import QmpError
     from motorcade.core.snapshot.plan import Plan, Report
-    from motorcade.proto.messages import StatsReport
+    from motorcade.proto.messages import Inject, StatsReport
 
 
 class RunState(enum.StrEnum):
@@ -65,6 +65,16 @@ class CharDevice:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueDepth:
+    """One virtqueue that is set up: chains that its sidecar has taken and not answered, and chains that wait for it."""
+
+    index: int
+    size: int
+    in_flight: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sidecar:
     """One backend process; ``slot`` is its virtio-mmio slot, None for the 16550's."""
 
@@ -73,6 +83,27 @@ class Sidecar:
     pid: int
     state: str
     slot: int | None = None
+    queues: Sequence[QueueDepth] = ()
+
+
+class Watching(Protocol):
+    """What a person may ask about, or of, a sidecar. Each ``done`` is called once, now or later, with None when it was
+    done; DeviceNotFound and QmpError are raised at once."""
+
+    def pause(self, device_id: str, done: Callable[[QmpError | None], None]) -> None:
+        """Brings one to rest, until ``resume``."""
+
+    def resume(self, device_id: str, done: Callable[[QmpError | None], None]) -> None:
+        """Lets a paused one go on."""
+
+    def inject(self, device_id: str, what: Inject, done: Callable[[QmpError | None], None]) -> None:
+        """Has its next requests fail or wait."""
+
+    def tracing(self) -> int:
+        """Which events are recorded: bits of proto.watch.Kind."""
+
+    def trace(self, kinds: int) -> None:
+        """Records these from now on."""
 
 
 class MachineControl(Protocol):
@@ -149,3 +180,7 @@ class MachineControl(Protocol):
 
         Raises DeviceNotFound.
         """
+
+    @property
+    def watching(self) -> Watching:
+        """For commands about one sidecar."""

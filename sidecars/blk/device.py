@@ -99,6 +99,7 @@ class BlkDevice(base.Device):
                 "serial": role.serial.encode()[: lib.VIRTIO_BLK_ID_BYTES],
                 "mem": self._mem,
                 "isr": ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr)),
+                "watch": base.watched(ffi, self.watch),
             },
         )
 
@@ -203,7 +204,7 @@ class BlkDevice(base.Device):
     def stats(self) -> StatsReport:
         c = self._counters
         return StatsReport(
-            queues=tuple(base.queue_stats(lib.mc_blk_queue(self._blk, i), i) for i in range(self.role.queues)),
+            queues=tuple(base.queue_stats(self.watch, i) for i in range(self.role.queues)),
             detail=tuple(Counter(name.replace("_", "-"), int(getattr(c, name))) for name in COUNTERS),
         )
 

@@ -69,6 +69,7 @@ static int make_buffers(struct mc_blk *b)
 
 		q->vq.mem = b->p.mem;
 		q->vq.isr = b->p.isr;
+		q->vq.watch = b->p.watch;
 		q->vq.index = i;
 		if (make_slots(q))
 			return ENOMEM;
@@ -85,6 +86,8 @@ struct mc_blk *mc_blk_new(const struct mc_blk_params *params, char *error)
 		return NULL;
 	}
 	b->p = *params;
+	if (!b->p.watch)
+		b->p.watch = &mc_watch_nobody;
 	b->stop_fd = -1;
 	b->writeback = true;
 	if (params->layers > MC_BLK_MAX_LAYERS || (params->layers && params->overlay.fd < 0)) {

@@ -35,6 +35,7 @@ struct mc_blk_params {
 	char serial[...];
 	const struct mc_mem *mem;
 	struct mc_isr *isr;
+	struct mc_watch *watch;
 	...;
 };
 struct mc_blk_counters {

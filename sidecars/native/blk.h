@@ -46,6 +46,7 @@ struct mc_blk_params {
 	char serial[VIRTIO_BLK_ID_BYTES];
 	const struct mc_mem *mem;
 	struct mc_isr *isr;
+	struct mc_watch *watch;		/* NULL: nobody watches */
 };
 
 /* Written by the data thread only; read at any time. */

@@ -179,7 +179,18 @@ extern const struct blk_engine blk_uring, blk_sync;
 static inline void blk_submit(struct mc_blk *b, struct blk_op *op)
 {
 	b->inflight++;
+	MC_TRACE(b->p.watch, MC_EV_SUBMIT, op->req ? op->req->q->vq.index : MC_NO_QUEUE, op->req ? op->req->head : UINT16_MAX,
+		 op->len, op->off);
 	b->engine->submit(b, op);
+}
+
+/* For the engines: an op has ended, as a system call would have. */
+static inline void blk_ended(struct mc_blk *b, struct blk_op *op, int64_t res)
+{
+	b->inflight--;
+	MC_TRACE(b->p.watch, MC_EV_COMPLETE, op->req ? op->req->q->vq.index : MC_NO_QUEUE, op->req ? op->req->head : UINT16_MAX,
+		 op->len, res);
+	op->done(b, op, res);
 }
 
 #endif

@@ -39,8 +39,10 @@ void blk_req_complete(struct mc_blk *b, struct blk_req *r, uint8_t status, uint3
 	if (r->type == VIRTIO_BLK_T_IN || r->type == VIRTIO_BLK_T_GET_ID)
 		mc_mem_mark_iov(q->vq.mem, r->iov, r->niov, r->len);
 	mc_mem_mark(q->vq.mem, r->status, 1);
-	if (status != VIRTIO_BLK_S_OK)
-		q->vq.stats.errors++;
+	if (status != VIRTIO_BLK_S_OK) {
+		q->vq.stats->errors++;
+		MC_TRACE(q->vq.watch, MC_EV_ERROR, q->vq.index, r->head, status, r->error);
+	}
 	mc_vq_push(&q->vq, r->head, in_len);
 	r->next = q->free;
 	q->free = r;
@@ -63,7 +65,7 @@ static void signal_event(struct mc_blk *b)
 
 void blk_req_finish(struct mc_blk *b, struct blk_req *r)
 {
-	struct mc_vq_stats *stats = &r->q->vq.stats;
+	struct mc_vq_stats *stats = r->q->vq.stats;
 
 	if (!r->error) {
 		if (r->type == VIRTIO_BLK_T_IN)

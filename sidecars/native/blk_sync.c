@@ -90,6 +90,8 @@ static void sync_submit(struct mc_blk *b, struct blk_op *op)
 	struct sync *s = b->engine_state;
 
 	op->result = carry_out(b, op);
+	if (op->req)
+		mc_vq_tick(&op->req->q->vq);
 	op->next = NULL;
 	if (s->tail)
 		s->tail->next = op;
@@ -109,15 +111,14 @@ static int sync_wait(struct mc_blk *b, bool block)
 		return errno;
 	for (int i = 0; i < n; i++) {
 		if (events[i].data.u32 != POLL_STOP)
-			b->queues[events[i].data.u32].vq.stats.kicks++;
+			mc_vq_kicked(&b->queues[events[i].data.u32].vq);
 	}
 	/* What the reports submit in turn is for the next wait. */
 	s->head = s->tail = NULL;
 	while (op) {
 		struct blk_op *next = op->next;
 
-		b->inflight--;
-		op->done(b, op, op->result);
+		blk_ended(b, op, op->result);
 		op = next;
 	}
 	return 0;

@@ -146,7 +146,7 @@ static int polled(struct mc_blk *b, struct uring *u, unsigned index, int res, un
 	if (res < 0 && res != -ECANCELED)
 		return -res;
 	if (index != POLL_STOP)
-		b->queues[index].vq.stats.kicks++;
+		mc_vq_kicked(&b->queues[index].vq);
 	/* The kernel ended the multishot poll, for want of room in the completion queue. */
 	if (!(flags & IORING_CQE_F_MORE))
 		poll_fd(u, poll_index_fd(b, index), index);
@@ -175,8 +175,7 @@ static int uring_wait(struct mc_blk *b, bool block)
 		} else {
 			struct blk_op *op = (struct blk_op *)(uintptr_t)data;
 
-			b->inflight--;
-			op->done(b, op, res);
+			blk_ended(b, op, res);
 		}
 	}
 	io_uring_cq_advance(&u->ring, n);

@@ -107,6 +107,8 @@ void mc_net_stop(struct mc_net *net)
 }
 
 int mc_net_event_fd(const struct mc_net *net) { return net->event_fd; }
+void mc_net_watch(struct mc_net *net, struct mc_watch *watch) { net->watch = watch; }
+
 uint64_t mc_net_features(const struct mc_net *net) { return net->offered; }
 
 void mc_net_get_status(const struct mc_net *net, struct mc_net_status *s)
@@ -163,6 +165,7 @@ int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t
 		return -1;
 	vq->mem = net->mem;
 	vq->isr = net->isr;
+	vq->watch = net->watch;
 	vq->kick_fd = kick;
 	vq->call_fd = call;
 	vq->index = index;
@@ -177,10 +180,9 @@ int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t
 	return vq->error;
 }
 
-/* Only the counters outlive a reset. */
 static void queue_reset(struct mc_vq *vq, bool *set)
 {
-	*vq = (struct mc_vq){.stats = vq->stats};
+	*vq = (struct mc_vq){0};
 	*set = false;
 }
 

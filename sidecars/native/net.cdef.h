@@ -48,6 +48,7 @@ struct mc_net;
 #define VIRTIO_NET_F_CTRL_MAC_ADDR ...
 #define VIRTIO_NET_S_LINK_UP ...
 enum mc_net_backend { MC_NET_TAP, MC_NET_PASST, MC_NET_LINK, MC_NET_NONE, ... };
+void mc_net_watch(struct mc_net *net, struct mc_watch *watch);
 struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int backend, const int *fds, uint16_t pairs,
 			   const uint8_t *mac, uint16_t mtu, int capture);
 int mc_net_close(struct mc_net *net);

@@ -77,6 +77,8 @@ struct mc_net;
  */
 struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int backend, const int *fds, uint16_t pairs,
 			   const uint8_t mac[6], uint16_t mtu, int capture);
+/* Where its queues are counted and traced, which must outlive mc_net_close(). Before any queue is set. */
+void mc_net_watch(struct mc_net *net, struct mc_watch *watch);
 /* 0, or -errno when the end of the capture could not be written. */
 int mc_net_close(struct mc_net *net);
 

@@ -115,9 +115,9 @@ bool net_ctrl_run(struct mc_net *net)
 		bool ok = ctrl_command(net, &c);
 		uint8_t ack = ok ? VIRTIO_NET_OK : VIRTIO_NET_ERR;
 
-		vq->stats.bytes_in += c.len_out;
-		vq->stats.bytes_out++;
-		vq->stats.errors += !ok;
+		vq->stats->bytes_in += c.len_out;
+		vq->stats->bytes_out++;
+		vq->stats->errors += !ok;
 		mc_iov_write(c.iov + c.n_out, c.n_in, 0, &ack, 1);
 		mc_mem_mark_iov(net->mem, c.iov + c.n_out, c.n_in, 1);
 		mc_vq_push(vq, c.head, 1);

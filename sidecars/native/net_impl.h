@@ -123,6 +123,7 @@ enum net_tag { TAG_STOP, TAG_CTRL, TAG_RX_KICK, TAG_TX_KICK, TAG_BACKEND, TAG_LI
 struct mc_net {
 	const struct mc_mem *mem;
 	struct mc_isr *isr;
+	struct mc_watch *watch;		/* NULL: nobody watches */
 	enum mc_net_backend backend;
 	uint16_t max_pairs;
 	uint16_t active_pairs;		/* shared */

@@ -62,7 +62,7 @@ static void kicked(struct mc_vq *vq)
 	uint64_t n;
 
 	if (read(vq->kick_fd, &n, sizeof(n)) == sizeof(n))
-		vq->stats.kicks++;
+		mc_vq_kicked(vq);
 }
 
 /* True: asked to stop. */

@@ -70,6 +70,7 @@ static void rx_finish(struct mc_net *net, struct net_pair *p, struct virtio_net_
 	mc_iov_write(p->iov + p->iov_first, p->iov_count, 0, hdr, MC_NET_HDR);
 	mc_mem_mark_iov(net->mem, p->iov + p->iov_first, p->iov_count, MC_NET_HDR + len);
 	net_capture(net, p->iov + p->iov_first, p->iov_count, MC_NET_HDR, len);
+	mc_vq_tick(&p->rx);
 	while (n--) {
 		struct rx_buf *b = &p->bufs[p->buf_first];
 		uint32_t part = b->len < left ? b->len : left;
@@ -82,7 +83,7 @@ static void rx_finish(struct mc_net *net, struct net_pair *p, struct virtio_net_
 		p->buf_first = (p->buf_first + 1) % MC_MAX_QUEUE_SIZE;
 		p->buf_count--;
 	}
-	p->rx.stats.bytes_out += len;
+	p->rx.stats->bytes_out += len;
 	net->counters.rx_packets++;
 }
 

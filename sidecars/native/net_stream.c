@@ -189,7 +189,7 @@ static bool stream_settle(struct mc_net *net, struct net_pair *p, struct stream_
 		} else {
 			sent -= len;
 		}
-		p->tx.stats.bytes_in += b->frames[i].len;
+		p->tx.stats->bytes_in += b->frames[i].len;
 		net->counters.tx_packets++;
 		mc_vq_push(&p->tx, b->frames[i].head, 0);
 	}

@@ -35,7 +35,7 @@ bool net_tx_parse(struct mc_net *net, struct mc_chain *c, struct tx_frame *f)
 void net_tx_bad(struct mc_net *net, struct net_pair *p)
 {
 	net->counters.tx_dropped_header++;
-	p->tx.stats.errors++;
+	p->tx.stats->errors++;
 }
 
 enum tx_result { TX_SENT, TX_FULL, TX_REFUSED, TX_LOST };
@@ -76,7 +76,7 @@ static enum tx_state tx_frames(struct mc_net *net, struct net_pair *p)
 		if (net_tx_parse(net, &c, &f)) {
 			switch (tx_send(net, p, &f)) {
 			case TX_SENT:
-				p->tx.stats.bytes_in += f.len;
+				p->tx.stats->bytes_in += f.len;
 				net->counters.tx_packets++;
 				net_capture(net, f.iov + 1, f.n - 1, 0, f.len);
 				break;
@@ -86,7 +86,7 @@ static enum tx_state tx_frames(struct mc_net *net, struct net_pair *p)
 				return TX_BLOCKED;
 			case TX_REFUSED:
 				net->counters.tx_dropped_backend++;
-				p->tx.stats.errors++;
+				p->tx.stats->errors++;
 				break;
 			case TX_LOST:
 				mc_vq_unpop(&p->tx, 1);
@@ -99,6 +99,7 @@ static enum tx_state tx_frames(struct mc_net *net, struct net_pair *p)
 		} else {
 			net_tx_bad(net, p);
 		}
+		mc_vq_tick(&p->tx);
 		mc_vq_push(&p->tx, c.head, 0);
 	}
 	return TX_READY;
@@ -113,7 +114,7 @@ static enum tx_state tx_discard(struct mc_net *net, struct net_pair *p)
 		if (mc_vq_pop(&p->tx, &c) <= 0)
 			return TX_KICK;
 		net->counters.tx_dropped_link++;
-		p->tx.stats.errors++;
+		p->tx.stats->errors++;
 		mc_vq_push(&p->tx, c.head, 0);
 	}
 	return TX_READY;

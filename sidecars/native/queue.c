@@ -111,7 +111,6 @@ int mc_queues_attach(struct mc_queues *s, uint32_t index, const struct mc_vq *vq
 	if (index >= s->n)
 		return EINVAL;
 	struct queue *q = &s->q[index];
-	struct mc_vq_stats stats = q->vq.stats;		/* counted since the process started */
 
 	if (q->attached)
 		return EBUSY;
@@ -120,7 +119,6 @@ int mc_queues_attach(struct mc_queues *s, uint32_t index, const struct mc_vq *vq
 	if (error)
 		return error;
 	*q = (struct queue){.vq = *vq, .attached = true, .ready = true};
-	q->vq.stats = stats;
 	return 0;
 }
 
@@ -132,7 +130,7 @@ void mc_queues_detach(struct mc_queues *s)
 		if (!q->attached)
 			continue;
 		epoll_ctl(s->ep, EPOLL_CTL_DEL, q->vq.kick_fd, NULL);
-		*q = (struct queue){.vq.stats = q->vq.stats};
+		*q = (struct queue){0};
 	}
 }
 
@@ -170,9 +168,10 @@ static void finish(struct mc_queues *s)
 	struct mc_vq *vq = &s->current->vq;
 
 	mark_written(s);
+	mc_vq_tick(vq);
 	mc_vq_push(vq, s->chain.head, s->written);	/* fits: a chain has less than 2^32 bytes */
-	vq->stats.bytes_in += s->chain.len_out;
-	vq->stats.bytes_out += s->written;
+	vq->stats->bytes_in += s->chain.len_out;
+	vq->stats->bytes_out += s->written;
 }
 
 void mc_queues_done(struct mc_queues *s)
@@ -186,7 +185,7 @@ void mc_queues_refuse(struct mc_queues *s)
 	mark_written(s);
 	/* What was answered before it is the guest's; a broken queue publishes nothing any more. */
 	mc_vq_flush(&s->current->vq);
-	s->current->vq.stats.errors++;
+	s->current->vq.stats->errors++;
 	s->current->vq.error = MC_VQ_BAD_REQUEST;
 	signal_fd(s->event_fd);
 }
@@ -298,7 +297,7 @@ static void await(struct mc_queues *s, bool busy, uint64_t until)
 			struct queue *q = &s->q[tag];
 
 			clear_fd(q->vq.kick_fd);
-			q->vq.stats.kicks++;
+			mc_vq_kicked(&q->vq);
 			q->ready = true;
 			mc_vq_disable_kick(&q->vq);
 		}

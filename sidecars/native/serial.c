@@ -319,11 +319,11 @@ static bool dispatch(struct mc_serial *s, const struct epoll_event *evs, int n)
 			break;
 		case MC_TAG_KICK_RX:
 			clear_eventfd(s->con.rx.kick_fd);
-			s->con.rx.stats.kicks++;
+			mc_vq_kicked(&s->con.rx);
 			break;
 		case MC_TAG_KICK_TX:
 			clear_eventfd(s->con.tx.kick_fd);
-			s->con.tx.stats.kicks++;
+			mc_vq_kicked(&s->con.tx);
 			break;
 		case MC_TAG_LISTEN:
 			mc_sinks_accept(s, false);

@@ -29,7 +29,7 @@ static bool take_chain(struct mc_serial *s, uint64_t *budget)
 			n = *budget;
 		/* The bytes may change under the copy, which is the guest's own loss. */
 		mc_scroll_append(&s->scroll, (const uint8_t *)v->iov_base + c->chain_off, n);
-		c->tx.stats.bytes_in += n;
+		c->tx.stats->bytes_in += n;
 		*budget -= n;
 		c->chain_off += n;
 		if (c->chain_off == v->iov_len) {
@@ -66,6 +66,7 @@ static uint64_t output(struct mc_serial *s, bool *more)
 		if (!take_chain(s, &budget))
 			break;
 		c->chain_held = false;
+		mc_vq_tick(&c->tx);
 		mc_vq_push(&c->tx, c->chain.head, 0);
 	}
 	mc_vq_flush(&c->tx);
@@ -97,8 +98,9 @@ static uint32_t input(struct mc_serial *s, const uint8_t *data, uint32_t len)
 		size_t n = mc_iov_write(chain.iov + chain.n_out, chain.n_in, 0, data + done, len - done);
 
 		mc_mem_mark_iov(c->rx.mem, chain.iov + chain.n_out, chain.n_in, n);
+		mc_vq_tick(&c->rx);
 		mc_vq_push(&c->rx, chain.head, n);
-		c->rx.stats.bytes_out += n;
+		c->rx.stats->bytes_out += n;
 		done += n;
 	}
 	mc_vq_flush(&c->rx);
@@ -140,12 +142,9 @@ const struct mc_front mc_console_front = {
 
 static void attach_one(struct mc_serial *s, struct mc_vq *vq, const struct mc_vq *from, uint64_t tag)
 {
-	struct mc_vq_stats stats = vq->stats;	/* counted since the process started */
-
 	memset(vq, 0, sizeof(*vq));
 	if (from)
 		*vq = *from;
-	vq->stats = stats;
 	if (!from || vq->error)
 		return;
 	if (mc_epoll_set(s->ep, EPOLL_CTL_ADD, vq->kick_fd, EPOLLIN, tag))
@@ -174,8 +173,8 @@ void mc_console_detach(struct mc_serial *s)
 		mc_epoll_set(s->ep, EPOLL_CTL_DEL, c->rx.kick_fd, 0, 0);
 	if (c->tx.size)
 		mc_epoll_set(s->ep, EPOLL_CTL_DEL, c->tx.kick_fd, 0, 0);
-	c->rx = (struct mc_vq){.stats = c->rx.stats};
-	c->tx = (struct mc_vq){.stats = c->tx.stats};
+	c->rx = (struct mc_vq){0};
+	c->tx = (struct mc_vq){0};
 	c->attached = false;
 	c->chain_held = false;
 }

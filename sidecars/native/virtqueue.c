@@ -156,6 +156,13 @@ static void mark_used(const struct mc_vq *vq, uint16_t old)
 int mc_vq_init(struct mc_vq *vq, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used)
 {
 	vq->error = MC_VQ_BAD_RING;
+	if (!vq->watch)
+		vq->watch = &mc_watch_nobody;
+	vq->stats = &vq->watch->queues[vq->index % MC_WATCH_QUEUES];
+	vq->stats->in_flight = 0;
+	vq->stats->last_avail = vq->last_avail;
+	vq->now = 0;
+	memset(vq->taken_at, 0, sizeof(vq->taken_at));
 	if (size == 0 || size > MC_MAX_QUEUE_SIZE || (size & (size - 1)))
 		return vq->error;
 	if (desc % VRING_DESC_ALIGN_SIZE || avail % VRING_AVAIL_ALIGN_SIZE || used % VRING_USED_ALIGN_SIZE)
@@ -251,6 +258,22 @@ static int chain_walk(const struct mc_vq *vq, struct mc_chain *c)
 	return MC_VQ_OK;
 }
 
+/* The time of this batch. One look at the clock for all that is taken or answered between two flushes: the guest cannot
+ * tell when in a batch its request was answered either. */
+static uint64_t batch_time(struct mc_vq *vq)
+{
+	if (!vq->now)
+		vq->now = mc_watch_now();
+	return vq->now;
+}
+
+static int broken(struct mc_vq *vq, int error)
+{
+	vq->error = error;
+	MC_TRACE(vq->watch, MC_EV_ERROR, vq->index, UINT16_MAX, 0, error);
+	return -1;
+}
+
 int mc_vq_pop(struct mc_vq *vq, struct mc_chain *c)
 {
 	if (vq->error)
@@ -262,24 +285,51 @@ int mc_vq_pop(struct mc_vq *vq, struct mc_chain *c)
 		if (idx == vq->last_avail)
 			return 0;
 		if ((uint16_t)(idx - vq->last_avail) > vq->size) {
-			vq->error = MC_VQ_BAD_AVAIL_IDX;
-			return -1;
+			return broken(vq, MC_VQ_BAD_AVAIL_IDX);
 		}
 		vq->avail_seen = idx;
 	}
 	c->head = __atomic_load_n(avail_ring(vq, vq->last_avail & (vq->size - 1)), __ATOMIC_RELAXED);
 	c->n_out = c->n_in = 0;
 	c->len_out = c->len_in = 0;
-	vq->error = chain_walk(vq, c);
-	if (vq->error)
-		return -1;
+	int error = chain_walk(vq, c);
+
+	if (error)
+		return broken(vq, error);
 	vq->last_avail++;
+	vq->stats->last_avail = vq->last_avail;
+	vq->stats->taken++;
+	vq->stats->in_flight++;
+	/* A walked head is below size. Taken twice at once, as a hostile driver may have it, it counts once. */
+	vq->taken_at[c->head] = batch_time(vq);
+	MC_TRACE(vq->watch, MC_EV_TAKE, vq->index, c->head, c->len_out, c->len_in);
 	return 1;
 }
 
 void mc_vq_unpop(struct mc_vq *vq, uint16_t n)
 {
 	vq->last_avail -= n;
+	vq->stats->last_avail = vq->last_avail;
+	vq->stats->taken -= n;
+	vq->stats->in_flight -= n < vq->stats->in_flight ? n : vq->stats->in_flight;
+}
+
+static void count_answer(struct mc_vq *vq, uint16_t head, uint32_t len)
+{
+	uint64_t *at = &vq->taken_at[head & (MC_MAX_QUEUE_SIZE - 1)], took = 0;
+
+	vq->stats->requests++;
+	if (vq->stats->in_flight)
+		vq->stats->in_flight--;
+	if (*at) {	/* else a predecessor of this process took it */
+		took = batch_time(vq) - *at;
+		*at = 0;
+		unsigned bucket = 63 - __builtin_clzll(took | 1);
+
+		vq->stats->latency[bucket < MC_LATENCY_BUCKETS ? bucket : MC_LATENCY_BUCKETS - 1]++;
+		vq->stats->latency_ns += took;
+	}
+	MC_TRACE(vq->watch, MC_EV_PUSH, vq->index, head, len, took);
 }
 
 void mc_vq_push(struct mc_vq *vq, uint16_t head, uint32_t len)
@@ -292,7 +342,7 @@ void mc_vq_push(struct mc_vq *vq, uint16_t head, uint32_t len)
 	__atomic_store_n(&e->id, head, __ATOMIC_RELAXED);
 	__atomic_store_n(&e->len, len, __ATOMIC_RELAXED);
 	vq->used_idx++;
-	vq->stats.requests++;
+	count_answer(vq, head, len);
 }
 
 static bool wants_interrupt(const struct mc_vq *vq, uint16_t old)
@@ -306,6 +356,7 @@ void mc_vq_flush(struct mc_vq *vq)
 {
 	uint16_t old = vq->signalled_used;
 
+	vq->now = 0;
 	if (vq->error || old == vq->used_idx)
 		return;
 	mark_used(vq, old);
@@ -317,7 +368,7 @@ void mc_vq_flush(struct mc_vq *vq)
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	vq->signalled_used = vq->used_idx;
 	if (!wants_interrupt(vq, old)) {
-		vq->stats.suppressed++;
+		vq->stats->suppressed++;
 		return;
 	}
 	mc_vq_interrupt(vq);
@@ -329,7 +380,8 @@ void mc_vq_interrupt(struct mc_vq *vq)
 
 	/* Release: whoever reads the bit in InterruptStatus finds used.idx behind it. */
 	__atomic_fetch_or(&vq->isr->status, 1, __ATOMIC_RELEASE);
-	vq->stats.interrupts++;
+	vq->stats->interrupts++;
+	MC_TRACE(vq->watch, MC_EV_INTERRUPT, vq->index, 0, 0, vq->used_idx);
 	/* EAGAIN: the counter is full, so a signal is pending already. Nothing else can fail on an eventfd. */
 	ssize_t n = write(vq->call_fd, &one, sizeof(one));
 	(void)n;

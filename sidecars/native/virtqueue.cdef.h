@@ -1,7 +1,6 @@
 struct mc_region { uint64_t gpa; uint64_t size; uint8_t *hva; uint64_t offset; ...; };
 struct mc_mem { uint32_t n; struct mc_region regions[...]; uint64_t *dirty; ...; };
 struct mc_isr { uint32_t status; ...; };
-struct mc_vq_stats { uint64_t requests, bytes_in, bytes_out, errors, kicks, interrupts, suppressed; ...; };
 struct mc_vq {
 	const struct mc_mem *mem;
 	struct mc_isr *isr;
@@ -12,7 +11,7 @@ struct mc_vq {
 	uint16_t last_avail;
 	uint16_t used_idx;
 	int error;
-	struct mc_vq_stats stats;
+	struct mc_watch *watch;
 	...;
 };
 int mc_vq_init(struct mc_vq *vq, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used);

@@ -11,6 +11,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "watch.h"
+
 #define MC_MAX_REGIONS 8
 #define MC_MAX_QUEUE_SIZE 1024
 
@@ -60,10 +62,6 @@ struct mc_isr {
 	uint32_t status;
 };
 
-struct mc_vq_stats {
-	uint64_t requests, bytes_in, bytes_out, errors, kicks, interrupts, suppressed;
-};
-
 struct mc_vq {
 	const struct mc_mem *mem;
 	struct mc_isr *isr;
@@ -77,7 +75,10 @@ struct mc_vq {
 	uint16_t avail_seen;		/* the driver's avail.idx when last read; last_avail..avail_seen may be popped */
 	int error;			/* enum mc_vq_error; once set the queue is not touched again */
 	void *desc, *avail, *used;	/* host addresses, checked for the whole ring */
-	struct mc_vq_stats stats;	/* written by the data loop only */
+	struct mc_watch *watch;		/* not owned; NULL before mc_vq_init(): nobody watches */
+	struct mc_vq_stats *stats;	/* in watch; set by mc_vq_init() */
+	uint64_t now;			/* CLOCK_MONOTONIC in ns, read once a batch; 0: not read yet */
+	uint64_t taken_at[MC_MAX_QUEUE_SIZE];	/* by head: when it was popped; 0: it was not */
 };
 
 /* A chain copied out of the ring: n_out device-readable iovecs, then n_in device-writable ones. Both point
@@ -91,10 +92,24 @@ struct mc_chain {
 };
 
 /* Checks and maps the rings at these guest physical addresses. Fill in mem, isr, kick_fd, call_fd, index, event_idx and
- * indirect first; last_avail and used_idx too, which are 0 on a fresh start. stats are kept. The used ring counts as
- * written from here on.
+ * indirect first; last_avail and used_idx too, which are 0 on a fresh start; and watch, where somebody does, which keeps
+ * counting. The used ring counts as written from here on.
  * Returns 0, or an enum mc_vq_error, which is also in vq->error. */
 int mc_vq_init(struct mc_vq *vq, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used);
+
+/* The guest's notification has arrived. */
+static inline void mc_vq_kicked(struct mc_vq *vq)
+{
+	/* One that was detached may have a wake-up left in its owner's hands. */
+	if (!vq->stats)
+		return;
+	vq->stats->kicks++;
+	MC_TRACE(vq->watch, MC_EV_KICK, vq->index, 0, 0, 0);
+}
+
+/* Time has passed since the last pop or push of this batch: the next one looks at the clock again. mc_vq_flush() says so by
+ * itself. */
+static inline void mc_vq_tick(struct mc_vq *vq) { vq->now = 0; }
 
 /* Takes the next chain. 1: taken; 0: the ring is empty; -1: the ring is broken, vq->error says how. */
 int mc_vq_pop(struct mc_vq *vq, struct mc_chain *chain);

@@ -19,6 +19,7 @@ from motorcade.sidecars.device import (
     map_isr,
     queue_state,
     queue_stats,
+    watched,
 )
 from motorcade.sidecars.net import state as saved
 
@@ -84,6 +85,7 @@ class NetDevice(Device):
         )
         if self._net == ffi.NULL:
             raise OSError(ffi.errno, f"net {role.device_id}: {role.backend}: {os.strerror(ffi.errno)}")
+        lib.mc_net_watch(self._net, watched(ffi, self.watch))
         self._reported = self._status()
         self._restored: saved.NetState | None = None  # between load and activate
         self._accepted = 0  # feature bits that a loaded driver had accepted before another backend
@@ -194,7 +196,7 @@ class NetDevice(Device):
 
         counters = self._status().counters
         detail = tuple(Counter(name, getattr(counters, name)) for name in COUNTERS)
-        return StatsReport(tuple(queue_stats(vq, vq.index) for vq in self._queues()), detail)
+        return StatsReport(tuple(queue_stats(self.watch, vq.index) for vq in self._queues()), detail)
 
     def close(self) -> None:
         """OSError when the last records of a capture could not be written."""

@@ -143,6 +143,7 @@ class Device(device.Device):
             vq = ffi.new("struct mc_vq *")
             vq.mem = self._mem
             vq.isr = ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr))
+            vq.watch = device.watched(ffi, self.watch)
             kick, call = self.fds[f"kick.{queue.index}"], self.fds["call.0"]
             device.init_queue(lib, vq, queue, features, kick_fd=kick, call_fd=call)
             if error := lib.mc_queues_attach(self._queues, queue.index, vq):
@@ -193,5 +194,5 @@ class Device(device.Device):
         """Of every queue, and ``counters``."""
         from motorcade.proto.messages import StatsReport
 
-        queues = (device.queue_stats(lib.mc_queues_at(self._queues, i), i) for i in range(len(self.sizes)))
+        queues = (device.queue_stats(self.watch, i) for i in range(len(self.sizes)))
         return StatsReport(tuple(queues), tuple(self.counters()))

@@ -28,6 +28,7 @@ from motorcade.sidecars.device import (
     map_isr,
     queue_state,
     queue_stats,
+    watched,
 )
 from motorcade.sidecars.serial import state as saved
 
@@ -134,6 +135,7 @@ class SerialDevice(Device):
             vq = vqs[queue.index] = ffi.new("struct mc_vq *")
             vq.mem = self._mem
             vq.isr = ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr))
+            vq.watch = watched(ffi, self.watch)
             init_queue(lib, vq, queue, features, kick_fd=self.fds[f"kick.{queue.index}"], call_fd=self.fds["call.0"])
         self._features = features
         lib.mc_serial_attach(self._serial, vqs[RX], vqs[TX])
@@ -221,7 +223,7 @@ class SerialDevice(Device):
         )
         detail = [Counter(name, getattr(s, name)) for name in names]
         detail.append(Counter("skipped", s.skipped + s.file_skipped))
-        queues = () if self._uart else tuple(queue_stats(lib.mc_serial_queue(self._serial, i), i) for i in (RX, TX))
+        queues = () if self._uart else tuple(queue_stats(self.watch, i) for i in (RX, TX))
         return StatsReport(queues, tuple(detail))
 
     def close(self) -> None:

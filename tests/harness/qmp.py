@@ -110,7 +110,7 @@ class FakeMachine:
         elif device_id == "mute":
             done(None)
         elif device_id == "disk0":
-            done(StatsReport((QueueStats(0, 5, 4096, 512, 0, 3, 2, 1),), (Counter("merged", 9),)))
+            done(StatsReport((QueueStats(0, 5, 4096, 512, 0, 3, 2, 1, 5, 1, 700, (0, 4)),), (Counter("merged", 9),)))
         else:
             raise DeviceNotFound(f"Device '{device_id}' not found")
 

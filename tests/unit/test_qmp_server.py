@@ -239,7 +239,8 @@ def test_a_late_answer_keeps_the_order_and_holds_up_no_other(host: QmpHost, clie
             "queues": [
                 {
                     "index": 0, "requests": 5, "bytes-in": 4096, "bytes-out": 512, "errors": 0, "kicks": 3,
-                    "interrupts": 2, "suppressed": 1,
+                    "kicks-suppressed": 2, "interrupts": 2, "suppressed": 1, "taken": 5, "in-flight": 1,
+                    "latency-ns": 700, "latency": [0, 4],
                 }
             ],
             "detail": {"merged": 9},

@@ -82,7 +82,7 @@ static void test_used_event(void)
 			CHECK(vd_take(&d, &head, &len) && head == i && len == i, "used entry");
 		published += n;
 	}
-	CHECK(vq.stats.requests >= 200000 && vq.stats.interrupts && vq.stats.suppressed, "stats");
+	CHECK(vq.stats->requests >= 200000 && vq.stats->interrupts && vq.stats->suppressed, "stats");
 	tear_down(&d);
 }
 
@@ -232,7 +232,7 @@ static void test_handshakes(bool event_idx)
 			wait_for(d.call_fd, "the driver");
 	}
 	pthread_join(thread, NULL);
-	CHECK(vq.stats.interrupts < MESSAGES && d.kicks <= MESSAGES, "%s", "notifications are fewer than messages");
+	CHECK(vq.stats->interrupts < MESSAGES && d.kicks <= MESSAGES, "%s", "notifications are fewer than messages");
 	tear_down(&d);
 }
 
@@ -265,7 +265,7 @@ static void *litmus_device(void *arg)
 	struct litmus *l = arg;
 
 	for (uint32_t i = 1; ; i++) {
-		uint64_t before = l->vq.stats.interrupts;
+		uint64_t before = l->vq.stats->interrupts;
 
 		if (!l->kicks)
 			mc_vq_push(&l->vq, 0, 0);
@@ -274,7 +274,7 @@ static void *litmus_device(void *arg)
 			l->told = mc_vq_enable_kick(&l->vq);
 		} else {
 			mc_vq_flush(&l->vq);
-			l->told = l->vq.stats.interrupts != before;
+			l->told = l->vq.stats->interrupts != before;
 		}
 		__atomic_store_n(&l->turn, i, __ATOMIC_RELEASE);
 	}
