@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 DEADLINE_MS = 10_000  # generous: a sidecar answers in under a millisecond unless its backend hangs
 PING_MS = 30_000  # a host short of memory or processors is no reason to lose a disk
+STATS_MS = 3_000  # somebody waits for them at a terminal
 SHUTDOWN_MS = 30_000  # flushing a disk's cache may take long
 QUIESCE_MS = 30_000  # requests in flight are finished first
 SAVE_MS = 30_000
@@ -217,7 +218,7 @@ class SidecarLink:
         self._server.request(
             self.device_id,
             messages.StatsRequest(),
-            DEADLINE_MS,
+            STATS_MS,
             lambda answer: done(answer if isinstance(answer, messages.StatsReport) else None),
         )
 

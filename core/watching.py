@@ -14,7 +14,7 @@ from motorcade.core.qmp.errors import DeviceNotFound, QmpError
 from motorcade.core.task import Future
 from motorcade.proto import messages, watch
 
-INJECT_MS = 10_000
+INJECT_MS = 3_000
 Done = Callable[[QmpError | None], None]
 
 

@@ -90,7 +90,7 @@ def x_motorcade_sidecar_stats(ctx: Context, args: SidecarId) -> Deferred:
 
     def done(report: StatsReport | None) -> None:
         if report is None:
-            later.finish(QmpError(f"The sidecar of '{args.id}' gave no counters; see its log"))
+            later.finish(QmpError(f"The sidecar of '{args.id}' gave no counters: it is gone, or hangs; see its log"))
             return
         queues = [
             QueueCounters(
