@@ -60,7 +60,7 @@ def test_the_guide_followed_word_for_word(host: Host, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         output += done.stdout
     assert "1 passed" in output
-    assert re.search(r"^d20 +dice +\d+ +running +dice sides=20$", output, re.MULTILINE), output
+    assert re.search(r"^d20 +dice +\d+ +running +0 .* dice sides=20$", output, re.MULTILINE), output
     assert '"rolls": 0' in output
     device = (tmp_path / "dice/motorcade_dice/device.py").read_text()
     assert len(device.splitlines()) < 100
