@@ -28,7 +28,7 @@ _BITS = {
         "layers",
         "parents",
     },
-    32: {"pid", "virtio_type", "deadline_ms", "offset@ConfigWrite", "scrollback"},
+    32: {"pid", "virtio_type", "deadline_ms", "offset@ConfigWrite", "scrollback", "count@Inject", "delay_ms"},
     8: {"status"},
 }
 _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
