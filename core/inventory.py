@@ -39,6 +39,13 @@ def char_devices(platform: Platform) -> Sequence[qmp.CharDevice]:
     return [qmp.CharDevice(i["label"], i["filename"], i["frontend-open"]) for i in infos]
 
 
+def net_devices(platform: Platform) -> Sequence[qmp.NetDevice]:
+    """The NICs in slot order."""
+    nets = sorted((slot for slot in platform.slots if slot.kind == "net"), key=lambda slot: slot.index)
+    infos = [(slot.device_id, json.loads(slot.info)) for slot in nets]
+    return [qmp.NetDevice(name, i["mac"], f"tap {i['ifname']}" if i["ifname"] else i["backend"]) for name, i in infos]
+
+
 def sidecars(
     platform: Platform, depths: Callable[[str], Sequence[qmp.QueueDepth]]
 ) -> Sequence[qmp.Sidecar]:

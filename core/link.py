@@ -55,6 +55,7 @@ class SidecarLink:
         self.state = LinkState.WAITING
         self.gone_reason = ""
         self.paused = False  # by a person: it stays quiet over snapshots
+        self.last_stats: messages.StatsReport | None = None
         self._loop = loop
         self._server = server
         self._kill = kill
@@ -211,16 +212,17 @@ class SidecarLink:
         return self.ask(body, DEADLINE_MS)
 
     def stats(self, done: Callable[[messages.StatsReport | None], None]) -> None:
-        """Asks for the counters; None when the sidecar is gone or gives none."""
+        """Asks for the counters; None when the sidecar is gone, or gives none within STATS_MS. Nobody is killed."""
         if self.state is not LinkState.PRESENT:
             done(None)
             return
-        self._server.request(
-            self.device_id,
-            messages.StatsRequest(),
-            STATS_MS,
-            lambda answer: done(answer if isinstance(answer, messages.StatsReport) else None),
-        )
+
+        def answered(outcome: Outcome) -> None:
+            report = outcome if isinstance(outcome, messages.StatsReport) else None
+            self.last_stats = report or self.last_stats
+            done(report)
+
+        self._server.request(self.device_id, messages.StatsRequest(), STATS_MS, answered)
 
     def ping(self) -> None:
         """Asks for a sign of life; silence has it killed, unless a debugger holds it."""

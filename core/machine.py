@@ -6,18 +6,20 @@ vCPU threads; those only post to the loop.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from motorcade.core import inventory
 from motorcade.core.boot.error import BootError
+from motorcade.core.debugging import Debugger
 from motorcade.core.incoming import Incoming
 from motorcade.core.kvm import Vm
 from motorcade.core.life import LifeLink
-from motorcade.core.link import LinkState
+from motorcade.core.link import LinkState, SidecarLink
 from motorcade.core.loop import Loop
 from motorcade.core.platform import Platform
 from motorcade.core.qmp import dump
@@ -74,6 +76,7 @@ class Machine:
         self._snapshots = Coordinator(self._platform, self, self._life, fds["memory"], fds.get("dirty"))
 
         self.watching = Watching(self._platform, fds, self._why_not_now)
+        self.debugger = Debugger(self._platform, self._still)
         self._incoming = Incoming(self._platform, self._life, self, deferred=self._role.defer)
         server.handler = self._on_message
         loop.add_control(server.fileno(), server.process)
@@ -244,6 +247,19 @@ class Machine:
         if not self._loop.run_until(lambda: vcpus.parked, PARK_SECONDS):
             raise QmpError(f"the vCPUs did not stop within {PARK_SECONDS:g} s: a device's sidecar does not answer")
 
+    @contextlib.contextmanager
+    def _still(self) -> Iterator[None]:
+        """The vCPUs are parked meanwhile, and nobody is told. QmpError where they do not park, or the VM ends."""
+        self._started()
+        self._park()
+        if self._state is qmp.RunState.SHUTDOWN:
+            raise QmpError("the VM ends")
+        try:
+            yield
+        finally:
+            if self._state is qmp.RunState.RUNNING and not self._held and not self._leaving:
+                self._platform.vcpus.resume()
+
     def _go(self) -> None:
         """Lets the vCPUs run, unless the guest itself wants them to stop."""
         self._wake()
@@ -360,6 +376,10 @@ class Machine:
             return qmp.RunState.FINISH_MIGRATE
         return self._state
 
+    @property
+    def memory_size(self) -> int:
+        return self._platform.memory.size
+
     def vcpus(self) -> Sequence[qmp.Vcpu]:
         return [qmp.Vcpu(index, tid, core=index) for index, tid in enumerate(self._platform.vcpus.tids)]
 
@@ -440,6 +460,9 @@ class Machine:
     def block_devices(self) -> Sequence[qmp.BlockDevice]:
         return inventory.block_devices(self._platform)
 
+    def net_devices(self) -> Sequence[qmp.NetDevice]:
+        return inventory.net_devices(self._platform)
+
     def char_devices(self) -> Sequence[qmp.CharDevice]:
         return inventory.char_devices(self._platform)
 
@@ -447,7 +470,13 @@ class Machine:
         return inventory.sidecars(self._platform, self.watching.depths)
 
     def sidecar_stats(self, device_id: str, done: Callable[[messages.StatsReport | None], None]) -> None:
+        self._link(device_id).stats(done)
+
+    def last_stats(self, device_id: str) -> messages.StatsReport | None:
+        return self._link(device_id).last_stats
+
+    def _link(self, device_id: str) -> SidecarLink:
         link = self._platform.links.get(device_id)
         if link is None:
             raise DeviceNotFound(f"no device has the id {device_id}")
-        link.stats(done)
+        return link

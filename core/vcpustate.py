@@ -88,6 +88,10 @@ class Vcpu:
         self._call(f"reading {name}", get, value)
         return value
 
+    def read(self, name: str) -> Any:
+        """A struct of KVM's, pointed to: regs, sregs, debugregs and so on. A copy."""
+        return self._get(name)
+
     def _set(self, name: str, value: Any) -> None:
         self._call(f"setting {name}", _TYPES[name][2], value)
 

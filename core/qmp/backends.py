@@ -17,3 +17,29 @@ class ChardevInfo(Result, frozen=True):
 def query_chardev(ctx: Context, _args: NoArguments) -> list[ChardevInfo]:
     """The consoles and what is behind each."""
     return [ChardevInfo(c.label, c.filename, c.frontend_open) for c in ctx.machine.char_devices()]
+
+
+class IoThreadInfo(Result, frozen=True):
+    """Of query-iothreads."""
+
+    id: str
+    thread_id: int
+
+
+@command("query-iothreads", arguments=NoArguments, returns=list[IoThreadInfo])
+def query_iothreads(_ctx: Context, _args: NoArguments) -> list[IoThreadInfo]:
+    """None: each device has a process of its own (x-motorcade-sidecars)."""
+    return []
+
+
+class MemorySizeSummary(Result, frozen=True, omit_defaults=False):
+    """Of query-memory-size-summary. Bytes."""
+
+    base_memory: int
+    plugged_memory: int = 0
+
+
+@command("query-memory-size-summary", arguments=NoArguments, returns=MemorySizeSummary)
+def query_memory_size_summary(ctx: Context, _args: NoArguments) -> MemorySizeSummary:
+    """The RAM that the machine was started with; none can be plugged in."""
+    return MemorySizeSummary(ctx.machine.memory_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import logging
 import selectors
 import socket
@@ -39,9 +40,20 @@ def _members(item: bytes | Bad) -> dict[str, msgspec.Raw]:
     try:
         # Decoded whole first: that tells whether it is JSON all through, which keeping members as written does not.
         msgspec.json.decode(item)
+        # No decoder of msgspec's minds a key that comes twice.
+        json.loads(item, object_pairs_hook=_unique, parse_int=str, parse_float=str)
         return _MEMBERS.decode(item)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise QmpError(f"JSON parse error, {e}") from None
+
+
+def _unique(pairs: list[tuple[str, object]]) -> None:
+    """An object's members, which are not kept. Raises QmpError."""
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise QmpError(f"JSON parse error, duplicate key '{name}'")
+        seen.add(name)
 
 
 def _echo(raw: msgspec.Raw) -> object:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 
 import msgspec
 
 from motorcade.core.qmp.errors import QmpError
+from motorcade.core.qmp.events import DumpResult, DumpStatus
 from motorcade.core.qmp.migration import MACHINE_IS_THERE, failure, finished, given, start
 from motorcade.core.qmp.registry import Arguments, Context, Deferred, Empty, NoArguments, Result, command
 from motorcade.core.snapshot.plan import Plan, Report, Status
 
-FORMATS = ("elf",)
+
+class DumpFormat(enum.StrEnum):
+    """What dumps can be."""
+
+    ELF = "elf"
 
 
 class DumpGuestMemory(Arguments, frozen=True):
@@ -22,7 +28,7 @@ class DumpGuestMemory(Arguments, frozen=True):
     detach: bool = False
     begin: int | None = None
     length: int | None = None
-    format: str = "elf"
+    format: DumpFormat = DumpFormat.ELF
 
 
 @command("dump-guest-memory", arguments=DumpGuestMemory, states=MACHINE_IS_THERE)
@@ -35,8 +41,6 @@ def dump_guest_memory(ctx: Context, args: DumpGuestMemory) -> Empty | Deferred:
         raise QmpError("Parameter 'paging' must be false: the dump has guest physical addresses")
     if args.begin is not None or args.length is not None:
         raise QmpError("Parameters 'begin' and 'length' are not supported: all of memory is dumped")
-    if args.format not in FORMATS:
-        raise QmpError(f"Parameter 'format' is not supported with '{args.format}'; there is: {', '.join(FORMATS)}")
     plan = Plan(args.protocol, what="dump", given=given(ctx, args.protocol))
     if not args.detach:
         return finished(ctx, plan)
@@ -52,21 +56,14 @@ def completed(report: Report) -> Mapping[str, object]:
     return data
 
 
-class DumpInfo(Result, frozen=True, omit_defaults=False):
-    """Of query-dump. Bytes of RAM."""
-
-    status: str
-    completed: int
-    total: int
+def _info(report: Report) -> DumpResult:
+    over = {Status.COMPLETED: DumpStatus.COMPLETED, Status.FAILED: DumpStatus.FAILED, Status.NONE: DumpStatus.NONE}
+    status = over.get(report.status, DumpStatus.FAILED if report.status.over else DumpStatus.ACTIVE)
+    return DumpResult(status, report.ram_total - report.ram_remaining, report.ram_total)
 
 
-def _info(report: Report) -> DumpInfo:
-    names = {Status.NONE: "none", Status.COMPLETED: "completed", Status.FAILED: "failed", Status.CANCELLED: "failed"}
-    return DumpInfo(names.get(report.status, "active"), report.ram_total - report.ram_remaining, report.ram_total)
-
-
-@command("query-dump", arguments=NoArguments, returns=DumpInfo)
-def query_dump(ctx: Context, _args: NoArguments) -> DumpInfo:
+@command("query-dump", arguments=NoArguments, returns=DumpResult)
+def query_dump(ctx: Context, _args: NoArguments) -> DumpResult:
     """How the present dump, or the last, is going."""
     return _info(ctx.machine.dump_report)
 
@@ -74,10 +71,10 @@ def query_dump(ctx: Context, _args: NoArguments) -> DumpInfo:
 class DumpCapability(Result, frozen=True):
     """Of query-dump-guest-memory-capability."""
 
-    formats: list[str]
+    formats: list[DumpFormat]
 
 
 @command("query-dump-guest-memory-capability", arguments=NoArguments, returns=DumpCapability)
 def query_dump_guest_memory_capability(_ctx: Context, _args: NoArguments) -> DumpCapability:
     """The formats of dumps."""
-    return DumpCapability(list(FORMATS))
+    return DumpCapability(list(DumpFormat))

@@ -6,9 +6,12 @@ the event's description.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 
 import msgspec
+
+from motorcade.core.snapshot.plan import Status
 
 
 class EventData(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", frozen=True):
@@ -44,13 +47,22 @@ class Shutdown(EventData, frozen=True):
 class Migration(EventData, frozen=True):
     """A snapshot's status has changed."""
 
-    status: str
+    status: Status
+
+
+class DumpStatus(enum.StrEnum):
+    """QEMU's."""
+
+    NONE = "none"
+    ACTIVE = "active"
+    COMPLETED = "completed"
+    FAILED = "failed"
 
 
 class DumpResult(msgspec.Struct, frozen=True):
-    """Bytes of RAM."""
+    """Of query-dump, too. Bytes of RAM."""
 
-    status: str
+    status: DumpStatus
     completed: int
     total: int
 

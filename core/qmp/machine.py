@@ -75,6 +75,15 @@ class QueueDepth:
 
 
 @dataclass(frozen=True, slots=True)
+class NetDevice:
+    """A NIC; ``backend`` is what it is connected to, for a person."""
+
+    device_id: str
+    mac: str
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sidecar:
     """One backend process; ``slot`` is its virtio-mmio slot, None for the 16550's."""
 
@@ -106,6 +115,19 @@ class Watching(Protocol):
         """Records these from now on."""
 
 
+class Debugger(Protocol):
+    """Looks into a machine, running or not."""
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """``size`` bytes at guest physical ``gpa``. QmpError where that is not RAM."""
+
+    def register(self, vcpu: int, name: str) -> int:
+        """A register by its name, or an MSR by its number in hexadecimal. Errors: DeviceNotFound, QmpError."""
+
+    def registers(self, vcpu: int) -> str:
+        """All that matter, for a person. Errors: DeviceNotFound, QmpError."""
+
+
 class MachineControl(Protocol):
     """What the QMP server asks of the machine, always on the core's main thread.
 
@@ -124,6 +146,14 @@ class MachineControl(Protocol):
     @property
     def run_state(self) -> RunState:
         """The state at this moment."""
+
+    @property
+    def memory_size(self) -> int:
+        """Bytes of RAM."""
+
+    @property
+    def debugger(self) -> Debugger:
+        """For looking into it."""
 
     def vcpus(self) -> Sequence[Vcpu]:
         """The vCPUs by index."""
@@ -172,14 +202,20 @@ class MachineControl(Protocol):
     def char_devices(self) -> Sequence[CharDevice]:
         """The consoles, the 16550's first."""
 
+    def net_devices(self) -> Sequence[NetDevice]:
+        """The NICs in slot order."""
+
     def sidecars(self) -> Sequence[Sidecar]:
         """The backend processes in slot order."""
 
     def sidecar_stats(self, device_id: str, done: Callable[[StatsReport | None], None]) -> None:
-        """Asks a sidecar for its counters; ``done`` is called once, now or later, with None when it gives none.
+        """Asks a sidecar for its counters; ``done`` is called once, now or within seconds, with None for none.
 
         Raises DeviceNotFound.
         """
+
+    def last_stats(self, device_id: str) -> StatsReport | None:
+        """The counters that a sidecar gave last, if it ever did. Raises DeviceNotFound."""
 
     @property
     def watching(self) -> Watching:

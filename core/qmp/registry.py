@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, get_args
 
 import msgspec
 
@@ -114,15 +115,34 @@ class Command(Generic[_A]):
         try:
             return msgspec.json.decode(raw or b"{}", type=self.arguments)
         except msgspec.ValidationError as e:
-            raise QmpError(_parameter_error(str(e))) from None
+            raise QmpError(_parameter_error(str(e), self.arguments)) from None
 
 
-def _parameter_error(text: str) -> str:
+def _parameter_error(text: str, arguments: type[Arguments]) -> str:
     """msgspec's ``Expected `str`, got `int` - at `$.x``` in QMP's words."""
     match = re.fullmatch(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", text, re.DOTALL)
     if match is None:
         return f"Invalid parameters: {text}"
-    return f"Invalid parameter '{match['path']}': {match['what'].replace('`', '')}"
+    what = match["what"].replace("`", "")
+    if what.startswith("Invalid enum value") and (choices := _choices(arguments, match["path"])):
+        what += f"; it can be: {', '.join(choices)}"
+    return f"Invalid parameter '{match['path']}': {what}"
+
+
+def _choices(kind: Any, path: str) -> list[str]:
+    """The values that the enumeration at msgspec's ``path`` in the arguments has; none where it is not to be found."""
+    for step in re.findall(r"[^.\[]+|\[[^\]]*\]", path):
+        # Bounds, and what may be None, are of no interest here.
+        kinds = [k for k in (get_args(kind) or (kind,)) if k is not type(None)]
+        kind = kinds[0]
+        if step.startswith("["):
+            continue
+        fields = msgspec.structs.fields(kind) if hasattr(kind, "__struct_fields__") else ()
+        kind = next((f.type for f in fields if f.encode_name == step), None)
+    kinds = [k for k in (get_args(kind) or (kind,)) if k is not type(None)]
+    if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], enum.Enum):
+        return [str(member.value) for member in kinds[0]]
+    return [k for k in kinds if isinstance(k, str)]  # of a Literal
 
 
 class Registry:

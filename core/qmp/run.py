@@ -17,14 +17,14 @@ class StatusInfo(Result, frozen=True):
 
     running: bool
     singlestep: bool
-    status: str
+    status: RunState
 
 
 @command("query-status", arguments=NoArguments, returns=StatusInfo)
 def query_status(ctx: Context, _args: NoArguments) -> StatusInfo:
     """Whether the machine runs, and why not."""
     state = ctx.machine.run_state
-    return StatusInfo(state.runs, False, state.value)
+    return StatusInfo(state.runs, False, state)
 
 
 @command("query-name", arguments=NoArguments, returns=Named)

@@ -23,11 +23,14 @@ from motorcade.core.qmp import (
     block,
     commands,
     cpus,
+    debug,
     devices,
     dump,
     events,
     migration,
+    monitor,
     run,
+    schema,
     sidecars,
 )
 from motorcade.core.qmp.client import Client
@@ -36,7 +39,9 @@ from motorcade.core.qmp.registry import Context, registry
 
 log = logging.getLogger(__name__)
 
-COMMANDS = (backends, balloon, block, commands, cpus, devices, dump, migration, run, sidecars)
+COMMANDS = (
+    backends, balloon, block, commands, cpus, debug, devices, dump, migration, monitor, run, schema, sidecars,
+)  # fmt: skip
 """Imported, their commands are defined."""
 MAX_CLIENTS = 64
 HOLD_SECONDS = 2.0

@@ -12,10 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from motorcade.core.qmp.errors import DeviceNotFound, QmpError
-from motorcade.core.qmp.machine import BlockDevice, CharDevice, RunState, Sidecar, Vcpu
+from motorcade.core.qmp.machine import BlockDevice, CharDevice, NetDevice, RunState, Sidecar, Vcpu
 from motorcade.core.qmp.server import QmpServer
 from motorcade.core.snapshot.plan import Kind, Plan, Report
 from motorcade.proto.messages import Counter, QueueStats, StatsReport
+
+
+class FakeDebugger:
+    """A Debugger of one vCPU and a page of RAM."""
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        if gpa + size > 4096:
+            raise QmpError(f"guest physical {gpa:#x}+{size:#x} is not RAM")
+        return bytes((gpa + n) % 256 for n in range(size))
+
+    def register(self, vcpu: int, name: str) -> int:
+        if vcpu:
+            raise DeviceNotFound(f"there is no vCPU {vcpu}; there are 0 to 0")
+        return {"rip": 0xFFF0, "c0000080": 0xD01}[name]
+
+    def registers(self, vcpu: int) -> str:
+        return f"rip={self.register(vcpu, 'rip'):016x}"
 
 
 class FakeMachine:
@@ -26,6 +43,9 @@ class FakeMachine:
 
     def __init__(self) -> None:
         self.run_state = RunState.RUNNING
+        self.memory_size = 512 << 20
+        self.debugger = FakeDebugger()
+        self.known: dict[str, StatsReport] = {}  # of last_stats()
         self.on_event: Callable[[str, dict[str, object]], None] = lambda _name, _data: None
         self.done: list[str] = []
         self.failure: Exception | None = None  # what the next pause() raises
@@ -101,13 +121,19 @@ class FakeMachine:
     def char_devices(self) -> Sequence[CharDevice]:
         return [CharDevice("com1", "pty:/dev/pts/3", True)]
 
+    def net_devices(self) -> Sequence[NetDevice]:
+        return [NetDevice("lan", "52:54:00:12:34:56", "tap tap0")]
+
+    def last_stats(self, device_id: str) -> StatsReport | None:
+        return self.known.get(device_id)
+
     def sidecars(self) -> Sequence[Sidecar]:
         return [Sidecar("disk0", "blk", 4711, "present", 0), Sidecar("com1", "serial", 4712, "present")]
 
     def sidecar_stats(self, device_id: str, done: Callable[[StatsReport | None], None]) -> None:
         if device_id == "slow":
             self.waiting.append(done)
-        elif device_id == "mute":
+        elif device_id in ("mute", "disk1"):
             done(None)
         elif device_id == "disk0":
             done(StatsReport((QueueStats(0, 5, 4096, 512, 0, 3, 2, 1, 5, 1, 700, (0, 4)),), (Counter("merged", 9),)))

@@ -107,7 +107,7 @@ def test_a_detached_dump_is_asked_after(host: QmpHost, client: QmpClient) -> Non
         ("dump-guest-memory", {"protocol": "file:/d", "paging": True}, "'paging' must be false"),
         ("dump-guest-memory", {"protocol": "file:/d", "paging": False, "begin": 0}, "not supported"),
         ("dump-guest-memory", {"protocol": "file:/d", "paging": False, "length": 1}, "not supported"),
-        ("dump-guest-memory", {"protocol": "file:/d", "paging": False, "format": "kdump-zlib"}, "there is: elf"),
+        ("dump-guest-memory", {"protocol": "file:/d", "paging": False, "format": "kdump-zlib"}, "it can be: elf"),
         ("dump-guest-memory", {"protocol": "file:/d"}, "Parameter 'paging' is missing"),
         ("save-devices-state", {"filename": "tcp:x"}, "must begin with / or ./"),
         ("xen-load-devices-state", {"filename": "exec:cat"}, "must begin with / or ./"),

@@ -32,6 +32,37 @@ def _machine(folder: Path) -> dict[str, Any]:
     return {"cpus": 2, "disks": [{"id": "rootfs", "path": str(folder / "examples.img"), "readonly": True}]}
 
 
+def _hexadecimal(text: str) -> bool:
+    return text == f"{int(text, 16):X}"
+
+
+_IDS = dict.fromkeys(("device", "qdev", "node-name"), "rootfs")
+_STATS = {
+    **dict.fromkeys(("rd_bytes", "wr_bytes", "rd_operations", "wr_operations", "flush_operations"), int),
+    **dict.fromkeys(("unmap_operations", "rd_merged", "wr_merged"), int),
+    "account_invalid": bool,
+    "account_failed": bool,
+}
+_NODE = {
+    "file": str,
+    "node-name": "rootfs",
+    "ro": True,
+    "drv": "raw",
+    "backing_file_depth": 0,
+    "encrypted": False,
+    "detect_zeroes": "off",
+    **dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr", "write_threshold"), 0),
+    "image": {"filename": str, "format": "raw", "virtual-size": 1 << 20},
+    "cache": {"writeback": True, "direct": False, "no-flush": False},
+}
+_DISK = {
+    "device": "rootfs",
+    "qdev": "rootfs",
+    "type": "unknown",
+    "removable": False,
+    "locked": False,
+    "inserted": _NODE,
+}
 GROUP = Group(
     "inspecting",
     machine=_machine,
@@ -66,6 +97,31 @@ GROUP = Group(
                 for n in range(2)
             ],
         ),
+        Example("query-block", answer=[_DISK]),
+        Example("query-named-block-nodes", answer=[_NODE]),
+        Example("query-blockstats", answer=[{**_IDS, "stats": _STATS}]),
+        Example("query-iothreads", answer=[]),
+        Example("query-memory-size-summary", answer={"base-memory": lambda n: n % (1 << 20) == 0, "plugged-memory": 0}),
+        Example("query-qmp-schema", answer=Each(dict)),
+        Example("query-mem-gpa", {"gpa": "1000"}, answer=_hexadecimal),
+        Example("query-mem-gpa", {"gpa": "ffffffffffffffff"}, error="GenericError", desc="is not RAM"),
+        Example("query-mem-gpa", {"gpa": "vda"}, error="GenericError", desc="must be a hexadecimal number"),
+        Example("query-vcpu-reg", {"addr": "rip", "vcpu": 1}, answer=_hexadecimal),
+        Example("query-vcpu-reg", {"addr": "c0000080", "vcpu": 0}, answer=_hexadecimal),
+        Example("query-vcpu-reg", {"addr": "603000000013df1a", "vcpu": 0}, error="GenericError", desc="is no register"),
+        Example("query-vcpu-reg", {"addr": "rip", "vcpu": 2}, error="DeviceNotFound", desc="there is no vCPU 2"),
+        Example("human-monitor-command", {"command-line": "info status"}, answer="VM status: running\r\n"),
+        Example(
+            "human-monitor-command",
+            {"command-line": "info registers", "cpu-index": 1},
+            answer=lambda text: text.startswith("\r\nCPU#1\r\nrax="),
+        ),
+        Example(
+            "human-monitor-command",
+            {"command-line": "info blockstats"},
+            answer=lambda text: text.startswith("rootfs: rd_bytes="),
+        ),
+        Example("human-monitor-command", {"command-line": "savevm x"}, answer="unknown command: 'savevm'\r\n"),
         Example("query-chardev", answer=Each({"label": str, "filename": str, "frontend-open": bool})),
         Example("query-balloon", error="DeviceNotActive", desc="No balloon device has been activated"),
         Example("query-nonsense", error="CommandNotFound", desc="The command query-nonsense has not been found"),

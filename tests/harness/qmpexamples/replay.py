@@ -9,6 +9,7 @@ from typing import Any
 from harness.qmpexamples import GROUPS
 from harness.qmpexamples.example import Event, Example, Group, Place, unlike
 from harness.qmpexamples.speakers import SPEAKERS, Refused, Speaker, opened
+from harness.qmpschema import Schema
 from harness.vm import VmHost
 
 
@@ -43,10 +44,11 @@ def _replay(group: Group, place: Place, speaker: str) -> Iterator[str]:
     group.prepare(place)
     client = SPEAKERS[speaker](place.vm.run_dir / "qmp.sock")
     try:
+        schema = Schema(client.ask("query-qmp-schema", {}, None))
         for n, example in enumerate(group.examples):
             where = f"{group.name} {n}: {example.command}"
             try:
-                _one(example, place, client)
+                _one(example, place, client, schema)
             except Exception as e:
                 raise AssertionError(f"{where}: {e}") from e
             yield example.command
@@ -54,8 +56,10 @@ def _replay(group: Group, place: Place, speaker: str) -> Iterator[str]:
         client.close()
 
 
-def _one(example: Example, place: Place, client: Speaker) -> None:
+def _one(example: Example, place: Place, client: Speaker, schema: Schema) -> None:
     arguments = example.arguments(place) if callable(example.arguments) else example.arguments
+    if not example.error:
+        schema.check(arguments, schema.commands[example.command]["arg-type"], "arguments")
     client.events.clear()
     bad = ""
     with opened(example.fd(place) if example.fd else None) as fd:
@@ -67,11 +71,14 @@ def _one(example: Example, place: Place, client: Speaker) -> None:
         else:
             assert not example.error, f"it was not refused: {answer!r}"
             bad = unlike(answer, example.answer)
+            schema.check(answer, schema.commands[example.command]["ret-type"], "answer")
     assert not bad, bad
     _compare(list(client.events)[: len(example.events)], example.events)
     if client.exact:
         extra = [e["event"] for e in list(client.events)[len(example.events) :]]
         assert not extra, f"events before the answer that the example has not: {extra}"
+    for event in client.events:
+        schema.check(event.get("data", {}), schema.events[event["event"]]["arg-type"], event["event"])
     for _ in example.events:
         client.events.popleft()
     for wanted in example.after:

@@ -13,12 +13,15 @@ def _status(status: str) -> Example:
 GROUP = Group(
     "running",
     examples=[
+        Example("human-monitor-command", {"command-line": "stop"}, answer="", events=[("STOP", None)]),
+        Example("human-monitor-command", {"command-line": "c"}, answer="", events=[("RESUME", None)]),
         Example("stop", events=[("STOP", None)]),
         _status("paused"),
         Example("stop"),
         Example("cont", events=[("RESUME", None)]),
         _status("running"),
         Example("cont"),
+        Example("system_powerdown", events=[("POWERDOWN", None)]),
         Example("system_reset", events=[("RESET", {"guest": False, "reason": "host-qmp-system-reset"})]),
         _status("running"),
     ],
