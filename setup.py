@@ -10,6 +10,7 @@ setup(
         "sidecars/native/build.py:serial",
         "sidecars/native/build.py:pager",
         "sidecars/native/build.py:queue",
+        "sidecars/native/build.py:vhost",
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},  # so are the C parts built: one wheel for 3.11 and later
 )

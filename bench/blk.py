@@ -189,7 +189,7 @@ class Qemu:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("qemu-storage-daemon did not start")
             time.sleep(0.01)
-        self.front = vhost_user.FrontEnd(str(path))
+        self.front = vhost_user.FrontEnd(str(path), QUEUES)
         self.front.set_up(RING_FEATURES | VERSION_1, self.memory.fd, RAM)
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         self.kicks = [os.eventfd(0, flags) for _ in range(QUEUES)]
@@ -209,7 +209,7 @@ class Qemu:
                 self.front.stop(i)
 
     def close(self) -> None:
-        self.front.socket.close()
+        self.front.close()
         self.process.terminate()
         self.process.wait(20)
         for fd in [*self.kicks, self.call]:

@@ -56,6 +56,7 @@ class SidecarLink:
         self.gone_reason = ""
         self.paused = False  # by a person: it stays quiet over snapshots
         self.last_stats: messages.StatsReport | None = None
+        self.whole_memory = False  # all of guest memory must be there before it runs
         self._loop = loop
         self._server = server
         self._kill = kill
@@ -63,9 +64,10 @@ class SidecarLink:
         # Waiters of reset(): set when it was answered or the sidecar is gone.
         self._released: list[threading.Event] = []
 
-    def hello(self) -> None:
+    def hello(self, *, whole_memory: bool = False) -> None:
         """The sidecar has introduced itself."""
         self.state = LinkState.PRESENT
+        self.whole_memory = whole_memory
 
     def died(self, reason: str) -> None:
         """The process has ended; whoever waited for it need not wait any more."""

@@ -149,7 +149,7 @@ class Machine:
         if isinstance(body, messages.Hello):
             if device is not None:
                 device.plug(Identity(body.virtio_type, body.features, tuple(body.queue_sizes), body.config))
-            link.hello()
+            link.hello(whole_memory=body.whole_memory)
             self._server.answer(device_id, message.id, messages.Welcome(versions.PROTOCOL_VERSION))
             self._look_for_hellos()
         elif device is None:

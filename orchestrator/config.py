@@ -328,7 +328,7 @@ def _check_kit(kit: Kit, path: yamlpos.Path, source: Source) -> None:
     try:
         # As the sidecar will get them, or nearly: YAML has numbers that JSON has not.
         data = msgspec.json.encode(kit.options)
-        msgspec.json.decode(data, type=options)
+        decoded = msgspec.json.decode(data, type=options)
     except (OverflowError, TypeError, ValueError) as e:
         if not isinstance(e, msgspec.ValidationError):
             source.problem(path, f"its options cannot be passed on: {e}")
@@ -336,6 +336,8 @@ def _check_kit(kit: Kit, path: yamlpos.Path, source: Source) -> None:
         where, message = _explain(str(e), kit.options, options)
         source.problem((*path, *where), message)
         return
+    for key, message in decoded.problems():
+        source.problem((*path, key) if key in kit.options else path, message)
     if len(data) > MAX_OPTIONS:
         source.problem(path, f"{len(data)} bytes of options are too many (the most is {MAX_OPTIONS})")
 

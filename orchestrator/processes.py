@@ -85,6 +85,7 @@ class Processes:
             self.boot_pager()
         for device in self.resources.devices:
             self._send_boot(self.sidecars[device.id], device.boot, self.resources.sidecar_fds(device))
+            device.let_go()
 
     def _boot_core(self, *, paused: bool) -> None:
         assert self.core is not None
@@ -169,6 +170,27 @@ class Processes:
         """A core that is gone shows by its pidfd."""
         if self.core is not None and self.core.alive:
             boot.send_life(self.core.link, life, fds)
+
+    def reopen(self, child: Child) -> None:
+        """A sidecar's connection to its backend has ended; it asks for another one."""
+        device = next((d for d in self.resources.devices if d.id == child.device_id), None)
+        error, fds = "", {}
+        try:
+            if device is None or device.connection is None:
+                raise OSError(0, "this device has nothing to be opened again")
+            fds = dict(device.connection.connect())
+        except OSError as e:
+            error = e.strerror or str(e)
+        child.link.setblocking(False)
+        try:
+            boot.send_life(child.link, schema.Reopened(error, tuple(fds)), list(fds.values()))
+        except BlockingIOError:
+            log.error("%s asks, and does not listen", child.role)
+            child.kill()
+        finally:
+            child.link.setblocking(True)
+            for fd in fds.values():
+                os.close(fd)
 
     def replace_pager(self) -> None:
         """Another one, with what the last one had. The core has to know of it before it says hello."""

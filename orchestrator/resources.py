@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from motorcade.orchestrator import ahead, charbackend, frozendisks, memoryfile, netbackend, pagers, rundir
+from motorcade.orchestrator import ahead, charbackend, frozendisks, kitplace, memoryfile, netbackend, pagers, rundir
 from motorcade.orchestrator.errors import UserError
+from motorcade.orchestrator.kitplace import Connection, KitPlace
 from motorcade.orchestrator.machine import Console, Disk, Kernel, Kit, Machine, Net, To
 from motorcade.proto import memory, watch
 from motorcade.proto.memory import PAGE
@@ -57,6 +58,12 @@ class Device:
     backend: str = ""  # for a person
     info: dict[str, Any] = field(default_factory=dict)  # for QMP's query-block and the like
     locks: tuple[dict[str, Any], ...] = ()
+    connection: Connection | None = None  # of a kind that connects
+
+    def let_go(self) -> None:
+        """The sidecar has been given its connection: nobody else keeps it open."""
+        if self.connection is not None:
+            self.connection.let_go()
 
     @property
     def role(self) -> str:
@@ -71,7 +78,7 @@ class Resources:
         self,
         machine: Machine,
         run: rundir.RunDir,
-        on_helper: Callable[[str, int], None],
+        on_helper: Callable[..., None],
         incoming: Incoming | None = None,
     ) -> None:
         """Opens nothing yet. ``on_helper`` is told the role and pid of each program that a backend needs (passt): a
@@ -139,6 +146,9 @@ class Resources:
         """Closes every descriptor and removes sockets and links outside the run directory."""
         for fd in self._opened:
             os.close(fd)
+        for device in self.devices:
+            if device.connection is not None:
+                device.connection.close()
         self._opened.clear()
         for backend in self._backends:
             backend.close()
@@ -159,6 +169,11 @@ class Resources:
     def sidecar_fds(self, device: Device) -> dict[str, int]:
         """What a device's sidecar gets."""
         fds = {**self.everyone, **device.fds, "watch": device.watch}
+        if device.connection is not None:
+            try:
+                fds |= device.connection.hand_over()
+            except OSError as e:
+                log.error("%s: %s", device.role, e.strerror or e)  # its sidecar will say so, too, and end
         if device.slot is None:
             return fds | self.shared
         fds |= {f"kick.{n}": fd for n, fd in enumerate(device.kicks)}
@@ -315,16 +330,23 @@ class Resources:
     def _kit(self, kit: Kit) -> Device:
         from motorcade.sidecars import kinds
 
+        place = KitPlace(kit.id, self.run, self.on_helper)
         try:
             kind = kinds.find(kit.kind)
-            opened = kind.open(msgspec.convert(kit.options, kind.Options))
+            given = msgspec.convert(kit.options, kind.Options)
+            opened, queues = dict(kind.open_at(given, place)), kind.count_queues(given)
         except (kinds.UnknownKind, msgspec.ValidationError, OSError, ValueError) as e:
-            raise UserError(f"{kit.kind} {kit.id}: {e}") from None
-        fds = {label: self._own(fd) for label, fd in opened.items()}
+            words = kitplace.last_words(self.run, place.role)
+            raise UserError(f"{kit.kind} {kit.id}: {getattr(e, 'strerror', None) or e}{words}") from None
+        connection = Connection(place, lambda: kind.open_at(given, place, again=True)) if kind.connects else None
+        if connection is not None:
+            connection.fds = opened
+        fds = {label: self._own(fd) for label, fd in opened.items()} if connection is None else {}
         options = msgspec.json.encode(kit.options, order="sorted").decode()
         shown = " ".join([kit.kind, *(f"{key}={value}" for key, value in kit.options.items())])
         boot = KitBoot(kit.id, kit.kind, options)
-        return Device(kit.id, kit.kind, boot, fds, len(kind.sizes), 0, backend=shown, info={"options": kit.options})
+        info = {"options": kit.options}
+        return Device(kit.id, kit.kind, boot, fds, queues, 0, backend=shown, info=info, connection=connection)
 
     def _listen_qmp(self) -> None:
         self.core["qmp.0"] = self._listen(self.run.path / "qmp.sock")

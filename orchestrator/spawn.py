@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _BOOT_FD = 3
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h; the number is part of the kernel's ABI, as every prctl option is
 _LAST_FD = (1 << 31) - 1
+_GENTLE = 5.0  # seconds for a program to end by itself when it is told to
 _MAX_NAMES = 4096  # bytes of a role and a VM's name
 
 # Made here, once: in a child it would be made in pages of the child's own, 80 of them.
@@ -81,13 +83,17 @@ class Process:
 
 @dataclass
 class Helper(Process):
-    """A program that a backend needs, such as passt."""
+    """A program that a backend needs, such as passt. ``gentle``: it may have something to write before it ends."""
 
     state: str = "running"
+    gentle: bool = False
 
     def end(self) -> None:
-        """Kills it if it still runs (it keeps nothing), and lets go."""
+        """Ends it if it still runs, and lets go."""
         if self.alive:
+            if self.gentle:
+                self.kill(signal.SIGTERM)
+                select.select([self.pidfd], [], [], _GENTLE)
             self.kill()
             self.reap()
         self.close()
@@ -246,9 +252,9 @@ def _child(main: Main, link: socket.socket, log_fd: int | None, supervisor: int)
         os._exit(status)
 
 
-def die_with(parent: int) -> None:
-    """Has the kernel kill this process when ``parent`` dies, and ends it at once if that has happened already."""
-    if _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Has the kernel end this process when ``parent`` dies, and ends it at once if that has happened already."""
+    if _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "PR_SET_PDEATHSIG")
     # A parent that died before the prctl sends nothing any more; we belong to init or a subreaper then.
     if os.getppid() != parent:

@@ -20,6 +20,7 @@ from motorcade.orchestrator import lifeline, pagers
 from motorcade.orchestrator.errors import EXIT_ERROR, UserError
 from motorcade.orchestrator.frozendisks import Incoming
 from motorcade.orchestrator.incomings import Incomings
+from motorcade.orchestrator.kitplace import last_words
 from motorcade.orchestrator.machine import Machine
 from motorcade.orchestrator.processes import Processes
 from motorcade.orchestrator.resources import Resources
@@ -99,11 +100,17 @@ class Supervisor:
         self.progress("loading code")
         self.processes.load()
 
-    def add_helper(self, role: str, pid: int) -> None:
+    def add_helper(self, role: str, pid: int, *, gentle: bool = False) -> None:
         """A program that a backend has started."""
-        helper = Helper(role, pid, os.pidfd_open(pid))
+        helper = Helper(role, pid, os.pidfd_open(pid), gentle=gentle)
+        gone = [h for h in self.processes.helpers if h.role == role and not h.alive]
+        for before in gone:
+            before.close()
+            self.processes.helpers.remove(before)
         self.processes.helpers.append(helper)
         self.selector.register(helper.pidfd, selectors.EVENT_READ, lambda: self.on_helper_exit(helper))
+        if self.status != "starting":
+            self.write_state()
 
     def tell_started(self) -> None:
         """The processes are there, and the sockets listen."""
@@ -207,6 +214,8 @@ class Supervisor:
         elif isinstance(life, schema.LazyReady) and self.processes.pager is not None and len(fds) == 1:
             self.processes.pager.add(child.role, os.dup(fds[0]), life.mappings)
             self.on_ready(child)
+        elif isinstance(life, schema.Reopen):
+            self.processes.reopen(child)
         elif child is self.processes.core:
             self.on_core(life, fds)
         elif self.processes.is_pager(child):
@@ -352,6 +361,8 @@ class Supervisor:
             if core.failure:
                 culprit = core
         said = culprit.failure
+        if said and culprit is child:
+            said += last_words(self.run_dir, f"backend-{child.device_id}")
         self.fail(UserError(f"{culprit.role} {'failed' if said else 'ended'}: {said or how}"))
 
     def drained(self, child: Child) -> bool:
@@ -400,6 +411,9 @@ class Supervisor:
         """passt, for one, is gone: its NIC's sidecar sees the end of the stream, and the guest a link that is down."""
         self.selector.unregister(helper.pidfd)
         log.error("%s %s", helper.role, helper.reap())
+        if self.status == "starting" and helper.gentle:
+            self.fail(UserError(f"{helper.role} {helper.state}{last_words(self.run_dir, helper.role)}"))
+            return
         lifeline.send(self.line, event="sidecar-died", role=helper.role, reason=helper.state)
         self.write_state()
 

@@ -130,7 +130,15 @@ struct Life {
     incoming @18 :Incoming;     # to the core, with "state"; the pager fills memory from now on
 
     sidecarReplaced @19 :SidecarReplaced;  # to the core: another process is in its place, and will say hello
+
+    reopen @20 :Void;           # a sidecar of the kit: open again what its kind's open_at() opens
+    reopened @21 :Reopened;     # to that sidecar, with descriptors
   }
+}
+
+struct Reopened {
+  error @0 :Text;           # empty: opened
+  labels @1 :List(Text);    # of the descriptors, in order
 }
 
 struct LazyReady {

@@ -87,6 +87,8 @@ struct Hello {
   features @4 :UInt64;      # offered feature bits, without those of the transport
   queueSizes @5 :List(UInt16);  # the largest size of each queue, a power of two
   config @6 :Data;          # device configuration space
+  wholeMemory @7 :Bool;
+  # A process that the pager does not serve reads guest memory: all of it must be there before this device runs.
 }
 
 struct Welcome {

@@ -62,6 +62,7 @@ class Hello:
     features: int
     queue_sizes: Annotated[tuple[int, ...], Max(MAX_QUEUES)]
     config: Annotated[bytes, Max(MAX_CONFIG)]
+    whole_memory: bool = False
 
     def check(self) -> None:
         for size in self.queue_sizes:
@@ -558,6 +559,19 @@ class SidecarReplaced:
     pid: int
 
 
+@dataclass(frozen=True, slots=True)
+class Reopen:
+    """A sidecar of the kit: open again what its kind's ``open_at`` opens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reopened:
+    """To that sidecar, with descriptors by label; or why there are none."""
+
+    error: Line
+    labels: Annotated[tuple[Word, ...], Max(16)] = ()
+
+
 Life: TypeAlias = (
     Ready
     | Failed
@@ -579,4 +593,6 @@ Life: TypeAlias = (
     | OpenIncoming
     | Incoming
     | SidecarReplaced
+    | Reopen
+    | Reopened
 )

@@ -69,6 +69,8 @@ from motorcade.proto.messages import (
     QueueStats,
     Quiesce,
     Ready,
+    Reopen,
+    Reopened,
     Request,
     Reset,
     Resume,
@@ -148,6 +150,8 @@ __all__ = [
     "Quiesce",
     "Ready",
     "Region",
+    "Reopen",
+    "Reopened",
     "Request",
     "Reset",
     "Resume",
@@ -249,6 +253,8 @@ _LIVES: dict[str, type[Any]] = {
     "openIncoming": OpenIncoming,
     "incoming": Incoming,
     "sidecarReplaced": SidecarReplaced,
+    "reopen": Reopen,
+    "reopened": Reopened,
 }
 # The union's member is the one field itself (a Text, a Data, a struct of its own), not a struct that holds it.
 _BARE = {Failed, KillSidecar, WorkingSet, Damaged, Load, Saved}

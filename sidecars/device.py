@@ -64,6 +64,9 @@ class Device(abc.ABC):
     ffi: ClassVar[Any]  # of the kind's C extension
     lib: ClassVar[Any]
     virtio_type: int  # virtio 1.2, section 5; 0: no virtio device: always on and never activated
+    keeps_memory: ClassVar[bool] = False
+    """``fds["memory"]`` stays open, for another program that maps guest memory by itself. Which the pager does not know
+    of: a restored machine has all of its memory before the device runs (``Hello.whole_memory``)."""
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
         self.boot = boot
@@ -131,6 +134,10 @@ class Device(abc.ABC):
         if self.always_on:
             raise NotImplementedError(f"{type(self).__name__} cannot be quiesced")
 
+    def unrest(self) -> str:
+        """Why the device cannot come to rest now, and nothing need be stopped to find that out; empty: it may try."""
+        return ""
+
     def resume(self) -> None:  # noqa: B027 - a device that is not always on has nothing to do
         """Goes on after ``quiesce``, on the main thread; looks at every queue once, kick or none. Not ``always_on``:
         ``run`` follows, if the driver is ready."""
@@ -162,6 +169,14 @@ class Device(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """Flushes what the host must not lose and lets go of the backend. ``run`` has returned. May raise OSError."""
+
+    # Set by the runtime: has the supervisor open again what the kind's ``open_at`` opens (sdk.Kind).
+    ask_supervisor: Callable[[], None] | None = None
+
+    def reopened(self, fds: Mapping[str, int], error: str) -> None:
+        """What comes of ``ask_supervisor``: descriptors by label, which are this object's; or why there are none."""
+        for fd in fds.values():
+            os.close(fd)
 
     def fileno_events(self) -> Mapping[int, Callable[[], None]]:
         """Readable descriptors that the main loop polls for this kind, level-triggered, beside ``event_fd``.

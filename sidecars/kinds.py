@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from motorcade.sidecars import sdk
 
 GROUP = "motorcade.sidecars"
-OWN = {"rng": "motorcade.sidecars.rng.device:RngDevice"}
+OWN = {
+    "rng": "motorcade.sidecars.rng.device:RngDevice",
+    "vhost-user": "motorcade.sidecars.vhostuser.device:VhostUserDevice",
+}
 # Not to be had by a package: our own, and the other roles that name a process and its log.
-RESERVED = frozenset({"blk", "net", "serial", "pager", "core", "supervisor", "passt", *OWN})
+RESERVED = frozenset({"blk", "net", "serial", "pager", "core", "supervisor", "passt", "backend", *OWN})
 
 
 class UnknownKind(ValueError):
@@ -33,7 +36,7 @@ def names() -> list[str]:
 
 
 @functools.cache
-def find(kind: str) -> type[sdk.Device]:
+def find(kind: str) -> type[sdk.Kind]:
     """The class of a kind, imported. UnknownKind: nobody offers it, several do, or what they offer is no device."""
     from motorcade.sidecars import sdk
 
@@ -50,9 +53,10 @@ def find(kind: str) -> type[sdk.Device]:
         found = getattr(importlib.import_module(module), name)
     except Exception as e:  # whatever a package of somebody else's does when it is imported
         raise UnknownKind(f"kind '{kind}': {target} cannot be imported: {type(e).__name__}: {e}") from e
-    if not (isinstance(found, type) and issubclass(found, sdk.Device)):
+    if not (isinstance(found, type) and issubclass(found, sdk.Kind)):
         raise UnknownKind(f"kind '{kind}': {target} is not a subclass of motorcade.sidecars.sdk.Device")
-    if missing := [n for n in ("virtio_type", "sizes") if not hasattr(found, n)] + sorted(found.__abstractmethods__):
+    needed = ("virtio_type", "sizes") if issubclass(found, sdk.Device) else ()
+    if missing := [n for n in needed if not hasattr(found, n)] + sorted(found.__abstractmethods__):
         raise UnknownKind(f"kind '{kind}': {target} has no {', '.join(missing)}")
     return found
 

@@ -71,7 +71,8 @@ def run(device_class: type[Device], boot_socket: socket.socket, ahead: Ahead | N
         if ahead is None:
             ahead = prepare(device_class, fds, boot.regions, lazy=boot.lazy)
         ahead.ground.check(boot, fds["memory"])
-        os.close(fds.pop("memory"))
+        if not device_class.keeps_memory:
+            os.close(fds.pop("memory"))
         device = device_class(boot, fds, ahead.ground.memory)
         ahead.client.connect(boot.control_socket, device_id(boot))
         boot_proto.send_life(boot_socket, ahead.ground.ready, ahead.ground.descriptors)

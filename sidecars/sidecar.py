@@ -51,6 +51,7 @@ class Sidecar:
     def __init__(self, device: Device, boot_socket: socket.socket, client: ControlClient) -> None:
         self.device, self.boot_socket, self.client = device, boot_socket, client
         self.data = DataThread(device)
+        device.ask_supervisor = self.ask_supervisor
         self.exit_status: int | None = None
         self._term_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._activated = False
@@ -94,11 +95,25 @@ class Sidecar:
         if not self.client.process(self.on_message) and self.exit_status is None:
             self.end("the core is gone")
 
-    def on_boot_socket(self) -> None:
-        """The supervisor has nothing to say to a sidecar but its own end."""
-        from motorcade.proto.boot import drain_life
+    def ask_supervisor(self) -> None:
+        """See Device.ask_supervisor. On any thread."""
+        from motorcade.proto.boot import send_life
+        from motorcade.proto.messages import Reopen
 
-        _, alive = drain_life(self.boot_socket)
+        send_life(self.boot_socket, Reopen())
+
+    def on_boot_socket(self) -> None:
+        """The supervisor's answers, and its end."""
+        from motorcade.proto.boot import drain_life_fds
+        from motorcade.proto.messages import Reopened
+
+        lives, alive = drain_life_fds(self.boot_socket)
+        for life, fds in lives:
+            if isinstance(life, Reopened) and len(fds) == len(life.labels):
+                self.device.reopened(dict(zip(life.labels, fds, strict=True)), life.error)
+                continue
+            for fd in fds:
+                os.close(fd)
         if not alive:
             self._selector.unregister(self.boot_socket)  # its end of file would be news again and again
             self.end("the supervisor is gone")
@@ -160,6 +175,7 @@ class Sidecar:
             features=device.features,
             queue_sizes=tuple(device.queue_sizes),
             config=self._config,
+            whole_memory=device.keeps_memory,
         )
         self.client.hello(hello, HELLO_TIMEOUT)
 
@@ -260,6 +276,8 @@ class Sidecar:
 
         if self._quiesced:
             return Ok()
+        if why := self.device.unrest():
+            raise Refused("generic", why)
         if self.device.always_on:
             self.device.quiesce()
             self._quiesced = True

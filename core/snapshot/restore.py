@@ -6,18 +6,21 @@ threads, and any error is the end of the VM, with its reason.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Awaitable
 
-from motorcade.core.link import DEADLINE_MS
+from motorcade.core.link import DEADLINE_MS, SidecarError
 from motorcade.core.platform import Platform
 from motorcade.core.snapshot import cpu
 from motorcade.core.snapshot.components import Restored, WrongTemplate
-from motorcade.core.task import every
+from motorcade.core.task import Future, every
 from motorcade.proto import messages, template
 
 log = logging.getLogger(__name__)
 
+POPULATE_MS = 3_600_000  # the supervisor's patience with a start ends earlier
+_TRIES, _BACK_OFF = 100, 0.05  # seconds
 LOAD_MS = 3 * DEADLINE_MS  # a sidecar may have its part of guest memory filled on demand meanwhile
 
 
@@ -33,9 +36,32 @@ async def restore(platform: Platform, state: int, hellos: Awaitable[None]) -> No
     cpu.adopt(whole.cpu, platform.vcpus.vcpus)
     restored.restore_platform()
     await hellos
+    await _populate(platform)
     await put_devices(platform, restored)
     platform.vcpus.start_threads()
     log.info("restored; time stands still")
+
+
+async def _populate(platform: Platform) -> None:
+    """Fetches all of the memory where a process is going to use it whose faults the pager does not see: the backend of
+    another program (vhost-user). Such a one would find zeros, and keep the pager from ever filling those pages.
+
+    Errors: SidecarError.
+    """
+    wanting = [link.device_id for link in platform.device_links if link.whole_memory]
+    if wanting and platform.pager is not None:
+        log.info("all of the memory is fetched now, for %s", ", ".join(wanting))
+        for patience in range(_TRIES, -1, -1):
+            try:
+                await platform.pager.ask(messages.Populate(), POPULATE_MS)
+                return
+            except SidecarError:
+                # It is being replaced; or has not been told of our mapping yet, which the supervisor does.
+                if not patience:
+                    raise
+            again: Future[None] = Future()
+            platform.loop.call_later(_BACK_OFF, functools.partial(again.set, None))
+            await again
 
 
 async def put_devices(platform: Platform, restored: Restored) -> None:

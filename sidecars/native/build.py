@@ -22,6 +22,7 @@ PARTS = {
     "serial": [*DEVICE, "serial"],
     "pager": ["sandbox", "uffd", "crc32c", "pager"],
     "queue": [*DEVICE, "queue"],  # of every kind that is written with the kit (sidecars/sdk)
+    "vhost": [*DEVICE, "vhost"],
 }
 LIBRARIES = {"blk": ["uring"], "net": ["uring"]}
 
@@ -70,10 +71,10 @@ def build_in_place(kind: str, target_dir: Path = ROOT / "sidecars") -> Path:
     return target
 
 
-blk = net = serial = pager = queue = None
+blk = net = serial = pager = queue = vhost = None
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
         build_in_place(name)
 else:
     blk, net, serial, pager = builder("blk"), builder("net"), builder("serial"), builder("pager")
-    queue = builder("queue")
+    queue, vhost = builder("queue"), builder("vhost")

@@ -11,10 +11,9 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import msgspec
-
 from motorcade.sidecars import _queue, device
 from motorcade.sidecars.device import BrokenQueue, DeviceState, QueueConfig
+from motorcade.sidecars.sdk.kind import Kind
 from motorcade.sidecars.sdk.request import UNTIL_WOKEN, BadRequest, Request
 
 if TYPE_CHECKING:
@@ -28,16 +27,10 @@ _NANO = 1_000_000_000
 _LONGEST = (1 << 63) // _NANO  # seconds
 
 
-class Options(msgspec.Struct, forbid_unknown_fields=True):
-    """The keys of a device in machine.yaml beside ``id`` and ``kind``: fields with types and defaults, as msgspec
-    checks them. All of it must be JSON, which is how it reaches the sidecar and how a template keeps it."""
-
-
-class Device(device.Device):
+class Device(Kind):
     """Subclass it. Class attributes say what it is; ``handle`` answers its requests; the rest is optional.
 
-    ``handle`` is called on the data thread, everything else on the main thread, possibly while ``handle`` runs. The
-    module is imported by vmmctl and the supervisor too: it must start no thread and touch nothing when imported.
+    ``handle`` is called on the data thread, everything else on the main thread, possibly while ``handle`` runs.
     """
 
     ffi, lib = ffi, lib
@@ -45,18 +38,11 @@ class Device(device.Device):
     virtio_type: int  # virtio 1.2, section 5
     sizes: ClassVar[tuple[int, ...]]  # the largest size of each queue: powers of two up to 1024, at most 16 queues
     offers: ClassVar[int] = 0  # feature bits of the device type; those of the rings are the kit's
-    version: ClassVar[int] = 1  # of what ``save_state`` gives
-    Options: ClassVar[type[Options]] = Options
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
         """ValueError: options that are none. Override it to prepare the backend; ``self.options`` is there after
         ``super().__init__``."""
         super().__init__(boot, fds, memory)
-        from motorcade.proto.messages import KitBoot
-
-        if not isinstance(boot.role, KitBoot):
-            raise ValueError("a sidecar of the kit was given the Boot of another kind")
-        self.options: Any = msgspec.json.decode(boot.role.options, type=self.Options)
         self.accepted = 0  # feature bits that the driver accepted
         self._mem = ffi.new("struct mc_mem *")
         device.init_memory(ffi, self._mem, memory, self.dirty)
@@ -67,16 +53,9 @@ class Device(device.Device):
             len(self.sizes), self.event_fd, ffi.cast("mc_queues_handler", address), ffi.cast("void *", opaque)
         )
         if self._queues == ffi.NULL:
-            raise OSError(ffi.errno, f"{boot.role.device_id}: {os.strerror(ffi.errno)}")
+            raise OSError(ffi.errno, f"{self.id}: {os.strerror(ffi.errno)}")
 
     # What a kind says and does.
-
-    @classmethod
-    def open(cls, options: Any) -> Mapping[str, int]:
-        """In the supervisor, before the sidecar exists: opens what the backend is, by label. The descriptors are the
-        supervisor's, which closes them; the sidecar finds copies in ``self.fds``. Inside its sandbox it can open
-        nothing. OSError and ValueError become the message of `vmmctl up`."""
-        return {}
 
     @abstractmethod
     def handle(self, request: Request) -> float | None:
@@ -125,6 +104,11 @@ class Device(device.Device):
         os.eventfd_write(self.event_fd, 1)
 
     # What the runtime calls.
+
+    @classmethod
+    def count_queues(cls, options: Any) -> int:
+        """``sizes``, whatever the options."""
+        return len(cls.sizes)
 
     @property
     def features(self) -> int:

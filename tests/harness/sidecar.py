@@ -44,7 +44,7 @@ class Sidecar:
     descriptor. ``cold``: a new interpreter with ``--boot-fd`` instead of a fork. ``wait``: until its hello. Use it as a
     context manager. ``incoming``: it starts quiesced. ``lazy``: its memory fills itself; ``userfaultfd``, when it is
     ready, is this object's. ``predecessor``: the same device in an earlier process, which has ended; its guest memory,
-    eventfds and InterruptStatus are used on, and stay its own.
+    eventfds and InterruptStatus are used on, and stay its own. ``reopen`` is asked by a kit's kind, as the supervisor.
     """
 
     def __init__(
@@ -61,8 +61,10 @@ class Sidecar:
         incoming: bool = False,
         lazy: bool = False,
         predecessor: Sidecar | None = None,
+        reopen: Callable[[], dict[str, int]] | None = None,
     ) -> None:
         self.kind, self.role = kind, role
+        self._reopen = reopen
         self._predecessor = predecessor
         self.memory: Memory = memory or (predecessor.memory if predecessor else Memory())
         self._owns_memory = memory is None and predecessor is None
@@ -172,9 +174,20 @@ class Sidecar:
             elif isinstance(life, m.LazyReady):
                 self.mappings = life.mappings
                 (self.userfaultfd,) = fds
+            elif isinstance(life, m.Reopen):
+                self._answer_reopen()
         if select.select([self._child.status], [], [], 0)[0]:
             self.exit_status = os.waitstatus_to_exitcode(int.from_bytes(os.read(self._child.status, 4), "little"))
             self.server.process()  # its last words
+
+    def _answer_reopen(self) -> None:
+        try:
+            found, error = self._reopen() if self._reopen else {}, ""
+        except OSError as e:
+            found, error = {}, str(e.strerror)
+        boot_proto.send_life(self.boot_socket, m.Reopened(error, tuple(found)), list(found.values()))
+        for fd in found.values():
+            os.close(fd)
 
     def request(self, body: m.Request, timeout: float = TIMEOUT) -> Outcome:
         """Asks, and waits for the outcome, whatever it is."""

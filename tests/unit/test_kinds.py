@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from motorcade.sidecars import kinds
+from motorcade.sidecars import kinds, sdk
 from motorcade.sidecars.rng.device import RngDevice
 
 Install = Callable[[str, str, str], None]
@@ -50,8 +50,9 @@ def test_our_own() -> None:
 
 def test_a_package_brings_a_kind(install: Install) -> None:
     install("kindtest1", "good = kindtest1:Good", GOOD)
-    assert kinds.find("good").sizes == (1,)
-    assert kinds.names() == ["good", "rng"]
+    found = kinds.find("good")
+    assert issubclass(found, sdk.Device) and found.sizes == (1,)
+    assert kinds.names() == sorted(["good", *kinds.OWN])
 
 
 def test_two_packages_cannot_bring_the_same(install: Install) -> None:

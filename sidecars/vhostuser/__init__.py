@@ -1,0 +1,1 @@
+"""The bridge to other programs' backends: a vhost-user front-end behind a device's slot (docs/vhost-user.md)."""
