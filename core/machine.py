@@ -31,7 +31,7 @@ from motorcade.core.task import Future
 from motorcade.core.vcpu import StopReason
 from motorcade.core.virtio import Identity
 from motorcade.core.watching import Watching
-from motorcade.proto import messages, versions
+from motorcade.proto import messages, tap, versions
 from motorcade.proto.framing import ControlServer
 from motorcade.proto.memory import GuestMemory
 
@@ -79,6 +79,7 @@ class Machine:
         self.debugger = Debugger(self._platform, self._still)
         self._incoming = Incoming(self._platform, self._life, self, deferred=self._role.defer)
         server.handler = self._on_message
+        server.tap = tap.Tap(fds.get("watch"))
         loop.add_control(server.fileno(), server.process)
         loop.add_deadlines(server.next_deadline, server.expire)
         loop.add_control(life.fileno(), self._on_life_readable)

@@ -72,6 +72,7 @@ def forwards(machine: Machine, run_dir: Path) -> list[str]:
     pairs = [(str(run_dir / "qmp.sock"), str(there / "qmp.sock"))]
     for address in machine.qmp:
         pairs.append((address.partition(":")[2], str(there / "qmp.sock")))
+    pairs += [(str(run_dir / name), str(there / name)) for name in ("watch.sock", "metrics.sock")]
     for console in machine.consoles:
         name = f"console-{console.id}.sock"
         pairs.append((str(run_dir / name), str(there / name)))

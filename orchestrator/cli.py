@@ -17,6 +17,7 @@ from motorcade.orchestrator.commands import (
     down,
     dump,
     logs,
+    metrics,
     ps,
     qmp,
     restore,
@@ -25,6 +26,7 @@ from motorcade.orchestrator.commands import (
     sidecar,
     snapshot,
     template,
+    top,
     up,
     zygote,
 )
@@ -38,6 +40,7 @@ examples:
   vmmctl ps                           what runs
   vmmctl console web                  attach again, and see what was missed
   vmmctl qmp web query-status         one QMP command
+  vmmctl top                          what VMs and their device processes do and cost, live
   vmmctl down web                     press the power button, and wait
   vmmctl snapshot web /templates/web  freeze it into a template
   vmmctl clone /templates/web -n 10   ten VMs that go on from there
@@ -52,19 +55,19 @@ $XDG_RUNTIME_DIR/motorcade).
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    whole = argparse.ArgumentParser(
         prog="vmmctl",
         description="Run virtual machines made of small processes.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action="version", version=f"vmmctl {__version__}")
-    top.add_argument("--debug", action="store_true", help="on an error, show where in the code it happened")
-    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    whole.add_argument("--version", action="version", version=f"vmmctl {__version__}")
+    whole.add_argument("--debug", action="store_true", help="on an error, show where in the code it happened")
+    commands = whole.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     daily = (up, snapshot, clone, template, save, restore, dump, down, ps, console, logs)
-    for module in (*daily, qmp, sidecar, schema, doctor, box, zygote):
+    for module in (*daily, top, metrics, qmp, sidecar, schema, doctor, box, zygote):
         module.add_parser(commands)
-    return top
+    return whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:

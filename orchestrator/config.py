@@ -7,6 +7,7 @@ file, line, column and field. What depends on the host (files, RAM, other VMs) i
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import sys
@@ -251,6 +252,8 @@ def _check(machine: Machine, source: Source) -> None:
     for i, address in enumerate(machine.qmp):
         if problem := qmp_address_problem(address):
             source.problem(("qmp", i), problem)
+    if machine.metrics is not None and (problem := metrics_address_problem(machine.metrics)):
+        source.problem(("metrics",), problem)
 
 
 def _check_ids(machine: Machine, source: Source) -> None:
@@ -351,6 +354,18 @@ def qmp_address_problem(address: str) -> str | None:
     if kind == "tcp" and host and port.isdecimal() and int(port) < 65536:
         return None
     return f"{shown(address)} is neither unix:PATH nor tcp:HOST:PORT"
+
+
+def metrics_address_problem(address: str) -> str | None:
+    """What is wrong with ``HOST:PORT``, which must be this host's own: there is no password."""
+    host, _, port = address.rpartition(":")
+    try:
+        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        loopback = False
+    if loopback and port.isdecimal() and 0 < int(port) < 65536:
+        return None
+    return f"{shown(address)} is not a loopback address and a port, such as 127.0.0.1:9200"
 
 
 def _complete(machine: Machine, folder: Path) -> None:

@@ -177,6 +177,10 @@ class Machine(_Part, kw_only=True):
     qmp: Annotated[
         list[str], Meta(description="More QMP sockets: unix:PATH or tcp:HOST:PORT (the VM's own is always there).")
     ] = []
+    metrics: Annotated[
+        str | None,
+        Meta(description="Serve Prometheus metrics at this loopback address too, such as 127.0.0.1:9200."),
+    ] = None
     on_reboot: Annotated[
         Literal["reset", "exit"], Meta(description="What the guest's reboot does: boot again, or end the VM.")
     ] = "reset"

@@ -108,6 +108,7 @@ class Resources:
         if self.incoming is not None and self.incoming.template:
             self.open_template(self.incoming)
         self._open_kernel(progress)
+        self.core["watch"] = self._own(watch.make("core"))  # control messages, for whoever looks
         for disk in machine.disks:
             self._add(self._blk(disk))
         for net in machine.nets:
@@ -185,7 +186,7 @@ class Resources:
 
     def _add(self, device: Device) -> None:
         """Gives a device what its sidecar is watched through, and one on virtio its slot, doorbells and interrupt."""
-        device.watch = self._own(watch.make())
+        device.watch = self._own(watch.make(device.id))
         if device.slot is not None:
             first = FIRST_SLOT.get(device.kind, KIT_SLOT)
             others = (d for d in self.devices if d.slot is not None)

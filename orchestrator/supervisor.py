@@ -27,7 +27,9 @@ from motorcade.orchestrator.resources import Resources
 from motorcade.orchestrator.rundir import RunDir
 from motorcade.orchestrator.snapshots import Snapshots
 from motorcade.orchestrator.spawn import Child, Helper
+from motorcade.orchestrator.vmlook import VmLook
 from motorcade.orchestrator.vmstate import vm_state
+from motorcade.orchestrator.watching import Watching
 from motorcade.proto import boot, schema
 
 log = logging.getLogger("motorcade.supervisor")
@@ -61,6 +63,7 @@ class Supervisor:
         tell_core = self.processes.tell_core
         self.snapshots = Snapshots(machine, self.resources, self.selector, tell_core)
         self.incomings = Incomings(machine, config, self.resources, self.selector, tell_core, self.on_template_opened)
+        self.watching = Watching(machine, run, self.selector, VmLook(self))
         self.status = "starting"
         self.started = time.time()
         self.attached = True  # vmmctl has not let go of us
@@ -97,6 +100,7 @@ class Supervisor:
     def open_resources(self) -> None:
         """Everything the processes need, before there is any."""
         self.resources.open(self.progress)
+        self.watching.open()
         self.progress("loading code")
         self.processes.load()
 
@@ -156,12 +160,13 @@ class Supervisor:
                 action, self.deadline = self.deadline[1], None
                 action()
             self.look_after_pager()
+            self.watching.work()
 
     def patience(self) -> float | None:
         """Seconds until something is due by itself."""
         pager = self.processes.pager
         due = [pager.due if pager is not None else None, self.deadline[0] if self.deadline is not None else None]
-        times = [time_ for time_ in due if time_ is not None]
+        times = [time_ for time_ in (*due, self.watching.due) if time_ is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def on_signal(self) -> None:
@@ -335,6 +340,7 @@ class Supervisor:
                 self.selector.unregister(fd)
         how = child.reap()
         log.log(logging.INFO if how == "exited with status 0" else logging.ERROR, "%s %s", child.role, how)
+        self.watching.note(child.device_id or child.role, how)
         child.close()
         why = f"{how}: {child.failure}" if child.failure else how
         if self.processes.pager is not None:
@@ -460,6 +466,7 @@ class Supervisor:
         self.processes.close()
         self.snapshots.close()
         self.incomings.close()
+        self.watching.close()
         if self.failure is not None:
             ended = schema.Ended(self.failure.status, "start-failed", str(self.failure))
         else:

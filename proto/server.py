@@ -69,6 +69,8 @@ class ControlServer:
         It may be set later, before the first process(); what it raises comes out of process().
         """
         self.handler = handler
+        self.tap: Callable[[bool, str, Message], None] | None = None
+        """Is told of every message that passes: whether it goes to the sidecar, whose it is."""
         self.refusals = Refusals()
         self._peers: dict[str, _Peer] = {}
         self._by_token: dict[str, _Peer] = {}
@@ -148,7 +150,8 @@ class ControlServer:
         if deadline_ms <= 0:
             raise ValueError("a request needs a deadline")
         self._last_id += 1
-        data = schema.encode(Message(self._last_id, deadline_ms, body))
+        message = Message(self._last_id, deadline_ms, body)
+        data = schema.encode(message)
         peer = self._peers.get(device_id)
         if peer is None:
             self._defer(on_answer, Gone())
@@ -166,6 +169,8 @@ class ControlServer:
                 raise
             self._defer(on_answer, Timeout(deadline_ms, unconnected=True))
             return
+        if self.tap is not None:
+            self.tap(True, device_id, message)
         due = time.monotonic() + deadline_ms / 1000
         peer.pending[self._last_id] = _Pending(due, deadline_ms, _ANSWERS.get(type(body), schema.Ok), on_answer)
 
@@ -223,8 +228,11 @@ class ControlServer:
             self._wait.wake()
 
     def _answer(self, peer: _Peer, route: bytes, request_id: int, body: Answer) -> None:
+        message = Message(request_id, 0, body)
+        if self.tap is not None:
+            self.tap(True, peer.device_id, message)
         try:
-            self._send(route, schema.encode(Message(request_id, 0, body)))
+            self._send(route, schema.encode(message))
         except zmq.ZMQError as e:
             self.refusals.note(peer.device_id, f"to take an answer ({e.strerror}), lost", type(body).__name__)
 
@@ -279,6 +287,8 @@ class ControlServer:
         except Malformed as e:
             self.refusals.note(peer.device_id, "a malformed message", str(e))
             return True
+        if self.tap is not None:
+            self.tap(False, peer.device_id, message)
         if isinstance(message.body, Hello):
             self._serve_hello(peer, parts[0].bytes, message, message.body)
         elif peer.route is None:

@@ -80,11 +80,12 @@ class Event:
     arg: int
 
 
-def make() -> int:
-    """A memfd for one process: the supervisor's, to be closed by the caller. Nobody can resize it. Errors: OSError."""
+def make(name: str) -> int:
+    """A memfd for one process (``name``, for people), to be closed by the caller. Nobody can resize it. Errors:
+    OSError."""
     import fcntl
 
-    fd = os.memfd_create("motorcade-watch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(f"motorcade-watch-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, SIZE)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
@@ -110,7 +111,12 @@ def counters(mapping: mmap.mmap, index: int) -> QueueCounters:
     """Of queue ``index``, below MAX_QUEUES. Each number is exact; together they are not one moment's."""
     if not 0 <= index < MAX_QUEUES:
         raise IndexError(index)
-    values = _QUEUE.unpack_from(mapping, QUEUES_AT + index * QUEUE_SIZE)
+    return counters_of(mapping[QUEUES_AT + index * QUEUE_SIZE : QUEUES_AT + (index + 1) * QUEUE_SIZE])
+
+
+def counters_of(data: bytes) -> QueueCounters:
+    """From the QUEUE_SIZE bytes of a queue."""
+    values = _QUEUE.unpack_from(data)
     (requests, bytes_in, bytes_out, errors, kicks, interrupts, suppressed, taken, in_flight, last, took) = values[:11]
     return QueueCounters(
         requests, bytes_in, bytes_out, errors, kicks, interrupts, suppressed, taken, in_flight, last, took, values[11:]

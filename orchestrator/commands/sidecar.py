@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from motorcade.orchestrator.commands import sidecar_act, sidecar_ls, sidecar_new, sidecar_stats
+from motorcade.orchestrator.commands import sidecar_act, sidecar_ls, sidecar_new, sidecar_stats, sidecar_trace
 
 _EPILOG = """\
 examples:
   vmmctl sidecar ls web                   one line a device: what it does, what it costs, what waits for it
   vmmctl sidecar stats web root --watch 1 requests, bytes, latencies, again every second
   vmmctl sidecar log web root -f          what it says
+  vmmctl sidecar trace web root           what it does, as it happens
   vmmctl sidecar pause web root           it comes to rest; the guest waits
   vmmctl sidecar resume web root          and goes on
 docs/looking-in.md says what the numbers mean.
@@ -28,5 +29,5 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub = p.add_subparsers(dest="sidecar_command", metavar="COMMAND", required=True)
-    for module in (sidecar_ls, sidecar_stats, sidecar_act, sidecar_new):
+    for module in (sidecar_ls, sidecar_stats, sidecar_trace, sidecar_act, sidecar_new):
         module.add_parser(sub)

@@ -68,6 +68,7 @@ def describe(vm: rundir.Vm) -> list[dict[str, Any]]:
     from motorcade.orchestrator import procinfo
     from motorcade.orchestrator.commands.sidecar_common import PAGER, ask
 
+    costs = _costs(vm)
     try:
         known = {s["id"]: s for s in ask(vm, "x-motorcade-sidecars", timeout=5.0)}
     except UserError as e:
@@ -81,8 +82,9 @@ def describe(vm: rundir.Vm) -> list[dict[str, Any]]:
     for device in devices:
         process, core = processes.get(device["id"], {}), known.get(device["id"], {})
         pid, start = process.get("pid"), process.get("start")
-        # The pids of a VM in the box are the box's.
-        used = procinfo.cost(pid, start) if isinstance(pid, int) and start is not None else None
+        used: dict[str, Any] = costs.get(device["id"], {})
+        if not used and isinstance(pid, int) and start is not None and (cost := procinfo.cost(pid, start)):
+            used = {"uptime": cost.uptime, "cpu": cost.cpu, "pss": cost.pss}
         state = process.get("state", "gone")
         found.append(
             {
@@ -91,14 +93,26 @@ def describe(vm: rundir.Vm) -> list[dict[str, Any]]:
                 "pid": pid,
                 "state": "paused" if core.get("state") == "paused" else state,
                 "restarts": process.get("restarts", 0),
-                "uptime": None if used is None else round(used.uptime, 2),
-                "cpu": None if used is None else round(used.cpu, 2),
-                "pss": None if used is None else used.pss,
+                "uptime": used.get("uptime"),
+                "cpu": used.get("cpu"),
+                "pss": used.get("pss"),
                 "queues": core.get("queues", []),
                 "backend": device.get("backend", ""),
             }
         )
     return found
+
+
+def _costs(vm: rundir.Vm) -> dict[str, dict[str, Any]]:
+    """As the supervisor sees them, which is where the processes are: those of a VM in the box are the box's."""
+    from motorcade.orchestrator import traceclient
+
+    try:
+        status = traceclient.status(vm.path / "watch.sock")
+    except UserError as e:
+        tell(f"the supervisor does not say what its processes cost: {e}")
+        return {}
+    return {p["device"]: p for p in status["processes"] if p.get("device")}
 
 
 def run_log(args: argparse.Namespace) -> int:

@@ -124,7 +124,7 @@ def test_a_descriptor_of_another_layout_is_not_written_to() -> None:
     os.ftruncate(fd, 10)
     assert len(watch.map_or_make(fd)) == watch.SIZE
     os.close(fd)
-    made = watch.make()
+    made = watch.make("test")
     with pytest.raises(PermissionError):
         os.ftruncate(made, 0)
     shared = watch.map_or_make(made)
