@@ -48,7 +48,7 @@ def inside(machine: Machine, incoming: Incoming | None = None) -> dict[str, Any]
     if machine.memory_file is not None:
         raise UserError("memory_file is not possible in the box, whose memory is not the host's")
     data: dict[str, Any] = msgspec.to_builtins(machine, enc_hook=encode)
-    data |= {"accel": "kvm", "qmp": []}
+    data |= {"accel": "kvm", "qmp": [], "metrics": None}
     for net, plain in zip(machine.nets, data["nets"], strict=True):
         plain["mac"] = str(net.mac)
     for restored in incoming.disks if incoming is not None else []:
@@ -73,6 +73,8 @@ def forwards(machine: Machine, run_dir: Path) -> list[str]:
     for address in machine.qmp:
         pairs.append((address.partition(":")[2], str(there / "qmp.sock")))
     pairs += [(str(run_dir / name), str(there / name)) for name in ("watch.sock", "metrics.sock")]
+    if machine.metrics is not None:
+        pairs.append((machine.metrics, str(there / "metrics.sock")))
     for console in machine.consoles:
         name = f"console-{console.id}.sock"
         pairs.append((str(run_dir / name), str(there / name)))

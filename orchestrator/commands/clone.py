@@ -162,6 +162,7 @@ def copy(machine: Machine, name: str, n: int, *, taps: dict[str, str], fresh_mac
         nets=[net(n) for n in machine.nets],
         consoles=[c if isinstance(c.backend, str) else structs.replace(c, backend="none") for c in machine.consoles],
         qmp=[],
+        metrics=None,  # one port, many clones; each has its metrics.sock
     )
 
 

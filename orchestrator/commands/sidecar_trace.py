@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -71,25 +72,31 @@ def _kinds(value: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Until the time is up, Ctrl-C, or the VM's end; 0 in each case."""
-    from motorcade.orchestrator.traceclient import Trace
     from motorcade.proto.watch import ALL_KINDS
 
     vm = find_device(args.name, args.device, also=(CORE,))
     devices = [] if args.device in (CORE, PAGER) else [args.device]
     kinds = ALL_KINDS if args.events is None else args.events
-    with Trace(vm.path / "watch.sock", devices, kinds=kinds, control=not args.no_control) as trace:
+    with contextlib.suppress(KeyboardInterrupt), _trace(vm, args, devices, kinds) as trace:
         until = None if args.seconds is None else time.monotonic() + args.seconds
-        if args.perfetto:
-            _write_file(vm, args, trace, until)
-        else:
-            _show(args, trace, until)
+        with contextlib.suppress(KeyboardInterrupt):  # wherever it comes, the file is completed and losses are told
+            if args.perfetto:
+                _write_file(vm, args, trace, until)
+            else:
+                _show(args, trace, until)
         if trace.lost:
             tell(f"{trace.lost} events came faster than they were read, and are missing")
     return 0
 
 
+def _trace(vm: rundir.Vm, args: argparse.Namespace, devices: list[str], kinds: int) -> Trace:
+    from motorcade.orchestrator.traceclient import Trace
+
+    return Trace(vm.path / "watch.sock", devices, kinds=kinds, control=not args.no_control)
+
+
 def _items(args: argparse.Namespace, trace: Trace, until: float | None) -> Any:
-    """What is to be shown; ends at the time, Ctrl-C, or the VM's end."""
+    """What is to be shown; ends when the time is up, or with the VM."""
     from motorcade.proto.tap import Said
 
     try:
@@ -97,8 +104,6 @@ def _items(args: argparse.Namespace, trace: Trace, until: float | None) -> Any:
             if isinstance(item, Said) and args.device not in (CORE, item.device):
                 continue
             yield item
-    except KeyboardInterrupt:
-        pass
     except EOFError:
         tell(f"{args.name} is over")
 

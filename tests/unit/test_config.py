@@ -152,6 +152,11 @@ BAD = [
      "machine.yaml:4:1: consoles: the id ttyS0 is the serial port's; choose another (or set uart: false)"),
     ("qmp: ['foo']", "machine.yaml:4:7: qmp[0]: 'foo' is neither unix:PATH nor tcp:HOST:PORT"),
     ("qmp: ['tcp:host:99999']", "machine.yaml:4:7: qmp[0]: 'tcp:host:99999' is neither unix:PATH nor tcp:HOST:PORT"),
+    (
+        "metrics: '0.0.0.0:9200'",
+        "machine.yaml:4:1: metrics: '0.0.0.0:9200' is not a loopback address and a port, such as 127.0.0.1:9200",
+    ),
+    ("metrics: 9200", 'machine.yaml:4:1: metrics: expected text or nothing, got 9200 (put it in "quotes")'),
     ("disks:\n" + "".join(f"- {{id: d{i}, path: x}}\n" for i in range(17)),
      "machine.yaml:4:1: disks: too long (the most is 16 entries)"),
     ("consoles:\n" + "".join(f"- {{id: c{i}}}\n" for i in range(17)),
