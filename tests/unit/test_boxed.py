@@ -43,12 +43,16 @@ def test_forwards(tmp_path: Path) -> None:
     outside = machine(
         tmp_path,
         "nets:\n- {id: n, user: true, forward: ['127.0.0.1:8080:80', '22:22']}\n"
-        "consoles:\n- {id: a, backend: {socket: a.sock}}\nqmp: ['unix:q.sock', 'tcp:127.0.0.1:4444']\n",
+        "consoles:\n- {id: a, backend: {socket: a.sock}}\nqmp: ['unix:q.sock', 'tcp:127.0.0.1:4444']\n"
+        "metrics: 127.0.0.1:9200\n",
     )
     assert boxed.forwards(outside, Path("/r/web")) == [
         "/r/web/qmp.sock:/run/motorcade/web/qmp.sock",
         f"{tmp_path}/q.sock:/run/motorcade/web/qmp.sock",
         "127.0.0.1:4444:/run/motorcade/web/qmp.sock",
+        "/r/web/watch.sock:/run/motorcade/web/watch.sock",
+        "/r/web/metrics.sock:/run/motorcade/web/metrics.sock",
+        "127.0.0.1:9200:/run/motorcade/web/metrics.sock",
         "/r/web/console-ttyS0.sock:/run/motorcade/web/console-ttyS0.sock",
         "/r/web/console-a.sock:/run/motorcade/web/console-a.sock",
         f"{tmp_path}/a.sock:/run/motorcade-web-a.sock",
