@@ -11,6 +11,7 @@ setup(
         "sidecars/native/build.py:pager",
         "sidecars/native/build.py:queue",
         "sidecars/native/build.py:vhost",
+        "sidecars/native/build.py:seccomp",
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},  # so are the C parts built: one wheel for 3.11 and later
 )

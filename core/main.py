@@ -9,13 +9,17 @@ import socket
 import traceback
 
 from motorcade.core import blank as blank_vm
+from motorcade.core._native import ffi, lib
 from motorcade.core.blank import Blank
+from motorcade.core.boot import unpack
+from motorcade.core.boot.image import FileImage
 from motorcade.core.loop import Loop
 from motorcade.core.machine import DETAIL_MAX, Machine
 from motorcade.core.qmp.server import QmpServer
 from motorcade.proto import boot as bootlink
 from motorcade.proto import messages
 from motorcade.sidecars import log as logs
+from motorcade.sidecars import sandbox
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,10 @@ def run(boot_socket: socket.socket, blank: Blank | None = None) -> int:
         machine.on_event = qmp.emit
         bootlink.send_life(boot_socket, ground.ready, ground.descriptors)
         machine.start()
+        if "kernel" in fds:
+            unpack.import_for(FileImage(fds["kernel"], boot.role.kernel_path))  # a reset may have to
+        # All is open, and the vCPUs have not run yet.
+        sandbox.close(ffi, lib, "core", "core", boot_socket.fileno())
     except Exception as e:
         # Whatever it is, the person at vmmctl must read it; the traceback is in the log.
         log.exception("the core cannot start")

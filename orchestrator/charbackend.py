@@ -41,12 +41,14 @@ class CharBackend:
     fd: int
     path: str  # for people: /dev/pts/3, the socket, the file
     _made: list[tuple[Path, Identity]] = field(default_factory=list)  # what close() removes
+    watch: int = -1  # of a pty: readable when somebody has opened it; closed by close()
 
     def close(self) -> None:
         """Closes ``fd`` and removes the link or socket, if it is still the one that was made here. Once is enough."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        for fd in (self.fd, self.watch):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.watch = -1
         for path, identity in self._made:
             with contextlib.suppress(FileNotFoundError):
                 if _identity(path) == identity:
@@ -54,29 +56,37 @@ class CharBackend:
 
 
 def open_pty(link: Path | None = None, size: tuple[int, int] | None = None) -> CharBackend:
-    """A raw pty; ``fd`` is its master. ``link`` becomes a symbolic link to the slave, replacing an older link; ``size``
+    """A raw pty; ``fd`` is its master, ``watch`` tells of opened slaves. ``link`` becomes a symbolic link to the slave, replacing an older link; ``size``
     is (columns, rows), which the guest's virtio console is then told.
 
     The slave is not kept open: its absence is how the sidecar knows that nobody reads.
     """
+    from motorcade.sidecars import _serial
+
     try:
         master, slave = os.openpty()
     except OSError as e:
         raise CharBackendError(f"no pty: {e.strerror}") from e
+    watch = -1
     try:
         name = os.ttyname(slave)
         # cfmakeraw(3), which the kernel keeps as long as the master is open.
         tty.setraw(slave)
         if size is not None:
             fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+        watch = _serial.lib.mc_serial_watch_pty(master)
+        if watch < 0:
+            raise CharBackendError(f"{name} cannot be watched: {os.strerror(-watch)}")
         made = [] if link is None else [(link, _make_link(link, name))]
     except BaseException:
-        os.close(master)
+        for fd in (master, watch):
+            if fd >= 0:
+                os.close(fd)
         raise
     finally:
         os.close(slave)
     os.set_inheritable(master, False)
-    return CharBackend(master, name, made)
+    return CharBackend(master, name, made, watch)
 
 
 def _make_link(link: Path, target: str) -> Identity:

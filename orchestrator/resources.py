@@ -117,8 +117,10 @@ class Resources:
             self._add(self._serial(console))
         for kit in machine.devices:
             self._add(self._kit(kit))
-        # By us, so that sidecars can connect while the core is still making its machine.
+        # By us, so that sidecars can connect while the core is still making its machine: from there, since they have no
+        # other way to it.
         self.core["control"] = self._listen(self.run.path / "core.sock")
+        self.run_fd = self._own(os.open(self.run.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         self._listen_qmp()
 
     @property
@@ -169,7 +171,7 @@ class Resources:
 
     def sidecar_fds(self, device: Device) -> dict[str, int]:
         """What a device's sidecar gets."""
-        fds = {**self.everyone, **device.fds, "watch": device.watch}
+        fds = {**self.everyone, **device.fds, "watch": device.watch, "run": self.run_fd}
         if device.connection is not None:
             try:
                 fds |= device.connection.hand_over()
@@ -198,7 +200,7 @@ class Resources:
 
     def pager_fds(self) -> dict[str, int]:
         """What the pager gets."""
-        return {"memory": self.memory, **self.template}
+        return {"memory": self.memory, "run": self.run_fd, **self.template}
 
     def open_disks(self) -> list[frozendisks.Open]:
         """The disks as they are, for a template."""
@@ -312,6 +314,7 @@ class Resources:
         if console.backend == "pty":
             opened = self._backend(lambda: charbackend.open_pty(self.run.path / f"pty-{console.id}"))
             backend, fds["backend"], shown = "pty", opened.fd, f"pty {opened.path}"
+            fds["pty-opened"] = opened.watch
         elif isinstance(console.backend, To) and console.backend.socket:
             backend, shown = "socket", f"socket {console.backend.socket}"
             fds["backend"] = self._listen(Path(console.backend.socket))

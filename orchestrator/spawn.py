@@ -284,18 +284,24 @@ def load_mains(kinds: Iterable[str]) -> dict[str, Main]:
 
 @functools.cache
 def load_main(kind: str) -> Main:
-    """What a process of this kind runs, its modules imported."""
+    """What a process of this kind runs, its modules imported and its filter of system calls made."""
+    from motorcade.sidecars import sandbox
+
     if kind == "core":
         from motorcade.core import main as core_main
 
+        sandbox.load("core")
         return core_main.run
     if kind == "pager":
+        sandbox.load("pager")
         pager = importlib.import_module("motorcade.sidecars.pager.main")
         pager_main: Main = pager.main
         return pager_main
     from motorcade.sidecars import runtime
 
-    return functools.partial(runtime.run, _device_class(kind))
+    device = _device_class(kind)
+    sandbox.load(device.sandbox_role, device.calls)
+    return functools.partial(runtime.run, device)
 
 
 def _device_class(kind: str) -> type[Device]:

@@ -212,8 +212,8 @@ class Supervisor:
         if life is None:
             self.selector.unregister(child.link)  # its pidfd says the rest
         elif isinstance(life, schema.Failed):
-            child.failure = life.reason
-            log.error("%s: %s", child.role, life.reason)
+            child.failure = life.reason.rstrip()
+            log.error("%s: %s", child.role, child.failure)
         elif isinstance(life, schema.Ready):
             self.on_ready(child)
         elif isinstance(life, schema.LazyReady) and self.processes.pager is not None and len(fds) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -34,18 +35,31 @@ class ControlClient:
             (zmq.MAXMSGSIZE, schema.MAX_CONTROL_BYTES),
             (zmq.RCVHWM, HWM),
             (zmq.SNDHWM, HWM),
-            # The socket listens before there is any sidecar; should it not, look again soon and then less often.
+            # The socket listens before there is any sidecar; should it not, look again soon and then less often. (Where
+            # the core is gone that goes on to the end, and the sandbox refuses it the socket.)
             (zmq.RECONNECT_IVL, 2),
             (zmq.RECONNECT_IVL_MAX, 500),
         ):
             self._dealer.setsockopt(option, value)
-        self._monitor = self._dealer.get_monitor_socket(_LOST)
+        self._monitor = self._dealer.get_monitor_socket(_LOST | zmq.EVENT_CONNECTED)
         self._wait = Wait(self._dealer, self._monitor)
 
     def connect(self, path: str, device_id: str) -> None:
         """Connects to the core's socket at ``path``, once, in the background. ValueError where the path is too long."""
         self.device_id = device_id
         self._dealer.connect(endpoint(path))
+        self._wait.wake()
+
+    def wait_connected(self, timeout: float) -> None:
+        """Waits until the core's socket has taken the connection, after which no file is needed any more. TimeoutError,
+        also where there is none."""
+        due = time.monotonic() + timeout
+        while not self._look():
+            self._wait.clear()
+            left = due - time.monotonic()
+            if left <= 0 or not self.connected:
+                raise TimeoutError("there is no core to connect to")
+            self._wait.poll(left)
         self._wait.wake()
 
     def hello(self, hello: Hello, timeout: float) -> Welcome:
@@ -109,12 +123,19 @@ class ControlClient:
         if readable(self._dealer):
             self._wait.wake()
 
+    def _look(self) -> bool:
+        """Takes note of what became of the connection. Whether it was just made."""
+        made = False
+        while readable(self._monitor):
+            # A number of 16 bits, another, an address. (zmq.utils.monitor would import asyncio.)
+            event = int.from_bytes(self._monitor.recv_multipart(zmq.NOBLOCK)[0][:2], sys.byteorder)
+            made |= event == zmq.EVENT_CONNECTED
+            self.connected &= not event & _LOST
+        return made
+
     def _next(self) -> Message | None:
         """The next message that can be read; None when there is none now."""
-        while readable(self._monitor):
-            # Whatever it says: _LOST is all that was asked for. (zmq.utils.monitor would import asyncio.)
-            self._monitor.recv_multipart(zmq.NOBLOCK)
-            self.connected = False
+        self._look()
         while True:
             parts = receive(self._dealer, 1)
             if parts is None:

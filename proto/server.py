@@ -96,21 +96,22 @@ class ControlServer:
     def bind(self, path: str, fd: int = -1) -> None:
         """Listens at ``path`` with mode 0600. Changes the umask for a moment: do it before starting threads.
 
-        ``fd``: a socket that listens there already, taken over; its file stays the caller's to remove.
+        ``fd``: a socket that listens there already, taken over; its file stays the caller's to remove, and was its to
+        protect.
 
         PermissionError where others may enter the directory; ValueError where the path is too long;
         zmq.ZMQError where the kernel refuses.
         """
         address = endpoint(path)
+        if fd >= 0:
+            self._router.setsockopt(zmq.USE_FD, fd)
+            self._router.bind(address)
+            return
         parent = Path(path).parent
         if stat.S_IMODE(parent.stat().st_mode) & 0o077:
             raise PermissionError(
                 f"{parent} can be entered by others; the control socket needs a directory of mode 0700"
             )
-        if fd >= 0:
-            self._router.setsockopt(zmq.USE_FD, fd)
-            self._router.bind(address)
-            return
         old = os.umask(0o177)
         try:
             self._router.bind(address)

@@ -20,6 +20,7 @@ from motorcade.proto.messages import Queue as QueueConfig
 if TYPE_CHECKING:
     from motorcade.proto.memory import GuestMemory
     from motorcade.proto.messages import Boot, Inject, StatsReport
+    from motorcade.sidecars.sandbox.calls import Call
 
 __all__ = [
     "BrokenQueue",
@@ -67,6 +68,8 @@ class Device(abc.ABC):
     keeps_memory: ClassVar[bool] = False
     """``fds["memory"]`` stays open, for another program that maps guest memory by itself. Which the pager does not know
     of: a restored machine has all of its memory before the device runs (``Hello.whole_memory``)."""
+    sandbox_role: str = "kit"  # which list of system calls is its (sandbox/roles.py)
+    calls: ClassVar[Sequence[Call]] = ()  # what it needs beyond that
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
         self.boot = boot
@@ -78,6 +81,13 @@ class Device(abc.ABC):
         self.watch = watch.map_or_make(fds.get("watch"))
         # Signalled by the C loop when the main loop should look at broken_queues() and config.
         self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def close_sandbox(self, link_fd: int) -> None:
+        """All that the device needs is open; ``link_fd`` is the supervisor's socket. Errors: OSError."""
+        from motorcade.sidecars import sandbox
+        from motorcade.sidecars.sidecar import device_id
+
+        sandbox.close(self.ffi, self.lib, self.sandbox_role, device_id(self.boot), link_fd, self.calls)
 
     @property
     def always_on(self) -> bool:

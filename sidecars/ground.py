@@ -42,11 +42,13 @@ class Ground:
             raise WrongGround("this process was prepared for a VM with other memory")
 
 
-def make(ffi: Any, lib: Any, fds: Mapping[str, int], regions: Sequence[Region], *, lazy: bool) -> Ground:
+def make(
+    ffi: Any, lib: Any, role: str, fds: Mapping[str, int], regions: Sequence[Region], *, lazy: bool
+) -> Ground:
     """Maps ``fds["memory"]``, registers it where it fills itself (``lazy``; before anything can touch it, and while the
     process may), and gives up all privileges. Call it while the process has one thread: each other would keep them.
 
-    ``ffi`` and ``lib`` are the caller's C extension; ``fds`` stay the caller's. Errors: OSError, LazyMemoryError.
+    ``ffi`` and ``lib`` are the caller's C extension, ``role`` is one of sandbox/roles.py; ``fds`` stay the caller's. Errors: OSError, LazyMemoryError.
     """
     from motorcade.proto.memory import GuestMemory
     from motorcade.proto.messages import LazyReady, Ready
@@ -59,5 +61,5 @@ def make(ffi: Any, lib: Any, fds: Mapping[str, int], regions: Sequence[Region], 
 
         userfaultfd, mappings = lazymem.register(ffi, lib, memory, fds)
         ready, descriptors = LazyReady(mappings), [userfaultfd]
-    sandbox.enter(ffi, lib)
+    sandbox.enter(ffi, lib, role)
     return Ground(memory, ready, descriptors, lazy, os.fstat(fds["memory"]))

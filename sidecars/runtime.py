@@ -52,7 +52,7 @@ def prepare(device_class: type[Device], fds: Mapping[str, int], regions: Sequenc
     and, perhaps, ``userfaultfd``. Errors: as ground.make."""
     from motorcade.proto.framing import ControlClient
 
-    made = ground.make(device_class.ffi, device_class.lib, fds, regions, lazy=lazy)
+    made = ground.make(device_class.ffi, device_class.lib, device_class.sandbox_role, fds, regions, lazy=lazy)
     return Ahead(made, ControlClient())
 
 
@@ -74,7 +74,8 @@ def run(device_class: type[Device], boot_socket: socket.socket, ahead: Ahead | N
         if not device_class.keeps_memory:
             os.close(fds.pop("memory"))
         device = device_class(boot, fds, ahead.ground.memory)
-        ahead.client.connect(boot.control_socket, device_id(boot))
+        reach(ahead.client, boot, fds)
+        device.close_sandbox(boot_socket.fileno())
         boot_proto.send_life(boot_socket, ahead.ground.ready, ahead.ground.descriptors)
         return Sidecar(device, boot_socket, ahead.client).loop()
     except Exception as e:
@@ -96,12 +97,28 @@ def open_log(fd: int | None, boot: Boot) -> None:
     logs.start(device_id(boot), boot.log_level)
 
 
+def reach(client: ControlClient, boot: Boot, fds: dict[str, int]) -> None:
+    """Connects to the core. Its socket is found from the run directory that the Boot brought, since this process has an
+    empty root by now; that descriptor is closed. Errors: TimeoutError; KeyError without it."""
+    run = fds.pop("run")
+    here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # a link's directory, perhaps
+    try:
+        os.fchdir(run)
+        client.connect(os.path.basename(boot.control_socket), device_id(boot))
+        client.wait_connected(HELLO_TIMEOUT)
+    finally:
+        os.fchdir(here)
+        os.close(here)
+        os.close(run)
+
+
 def connect(boot: Boot) -> ControlClient:
-    """A control connection to the core, for a process that is none of the devices."""
+    """A control connection to the core, for a process that is none of the devices; it is in the run directory."""
     from motorcade.proto.framing import ControlClient
 
     client = ControlClient()
-    client.connect(boot.control_socket, device_id(boot))
+    client.connect(os.path.basename(boot.control_socket), device_id(boot))
+    client.wait_connected(HELLO_TIMEOUT)
     return client
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import logging
 import os
 import tempfile
@@ -52,6 +53,13 @@ def unpack_payload(image: Image, header: bzimage.Header) -> bytes | None:
     if len(unpacked) != size:
         raise BootError(f"{image.name}: damaged: its payload unpacks to {len(unpacked)} bytes instead of {size}")
     return unpacked if unpacked.startswith(elf.MAGIC) else None
+
+
+def import_for(image: Image) -> None:
+    """Imports what ``unpack_payload`` may need for ``image``, while modules can still be found."""
+    if bzimage.is_bzimage(image):
+        for name in ("lzma", "bz2", "zstandard", "lz4.block"):
+            importlib.import_module(name)
 
 
 def _gzip(packed: memoryview, size: int, name: str) -> bytes:

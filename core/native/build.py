@@ -40,7 +40,7 @@ def builder(relative_to: Path | None = ROOT) -> FFI:
     ffi.set_source(
         "motorcade.core._native",
         "".join(f'#include "{part}.h"\n' for part in PARTS),
-        sources=[path(folder / f"{part}.c") for part, folder in PARTS.items()],
+        sources=[path(p) for part, folder in PARTS.items() for p in sorted(folder.glob(f"{part}*.c"))],
         depends=[path(p) for p in sorted(HERE.glob("*.h"))],
         include_dirs=[path(HERE), path(SIDECARS)],
         extra_compile_args=flags,

@@ -45,6 +45,7 @@ class BlkDevice(base.Device):
     """One disk. Raises ValueError, OverlayError or OSError when it cannot be opened."""
 
     ffi, lib = ffi, lib
+    sandbox_role = "blk"
     virtio_type = lib.VIRTIO_ID_BLOCK
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:

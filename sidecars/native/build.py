@@ -23,8 +23,9 @@ PARTS = {
     "pager": ["sandbox", "uffd", "crc32c", "pager"],
     "queue": [*DEVICE, "queue"],  # of every kind that is written with the kit (sidecars/sdk)
     "vhost": [*DEVICE, "vhost"],
+    "seccomp": ["syscalls"],  # of the process that starts the others (sidecars/sandbox/filters.py)
 }
-LIBRARIES = {"blk": ["uring"], "net": ["uring"]}
+LIBRARIES = {"blk": ["uring"], "net": ["uring"], "seccomp": ["seccomp"]}
 
 
 def builder(kind: str, relative_to: Path | None = ROOT) -> FFI:
@@ -71,10 +72,10 @@ def build_in_place(kind: str, target_dir: Path = ROOT / "sidecars") -> Path:
     return target
 
 
-blk = net = serial = pager = queue = vhost = None
+blk = net = serial = pager = queue = vhost = seccomp = None
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
         build_in_place(name)
 else:
     blk, net, serial, pager = builder("blk"), builder("net"), builder("serial"), builder("pager")
-    queue, vhost = builder("queue"), builder("vhost")
+    queue, vhost, seccomp = builder("queue"), builder("vhost"), builder("seccomp")

@@ -20,6 +20,7 @@ enum mc_serial_notice {
 struct mc_serial_config {
 	int backend;
 	int backend_fd;
+	int watch_fd;
 	int console_fd;
 	int event_fd;
 	uint64_t scrollback;
@@ -40,6 +41,7 @@ struct mc_serial_stats {
 };
 struct mc_serial_state { uint32_t input_len, history_len; uint8_t input[...]; uint8_t history[...]; ...; };
 struct mc_serial;
+int mc_serial_watch_pty(int master);
 struct mc_serial *mc_serial_new(const struct mc_serial_config *cfg);
 int mc_serial_free(struct mc_serial *s);
 int mc_serial_run(struct mc_serial *s);

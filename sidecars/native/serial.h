@@ -48,6 +48,7 @@ enum mc_serial_notice {
 struct mc_serial_config {
 	int backend;			/* enum mc_serial_backend */
 	int backend_fd;			/* pty master, listening socket or file; -1 without a backend */
+	int watch_fd;			/* of mc_serial_watch_pty, for a pty */
 	int console_fd;			/* listening unix stream socket; -1: none */
 	int event_fd;			/* eventfd signalled with every notice; not owned */
 	uint64_t scrollback;		/* bytes that a late client is shown */
@@ -164,7 +165,7 @@ struct mc_serial {
 	bool in_armed;
 	int64_t accept_at;		/* accept(2) failed for want of something: when to try again; 0: it did not */
 	int wake_fd;			/* eventfd: a command, or stop */
-	int watch_fd;			/* inotify on a pty's slave; -1: not a pty */
+	int watch_fd;			/* cfg's, once it is polled; -1: not a pty */
 	struct mc_sink sinks[1 + MC_SERIAL_CLIENTS];	/* 0 is the backend */
 	uint8_t stage[MC_SERIAL_INPUT];
 	uint32_t stage_off, stage_len;
@@ -192,7 +193,11 @@ struct mc_serial_state {
 	uint8_t history[MC_SERIAL_HISTORY];	/* the end of what a client who attaches is shown */
 };
 
-/* NULL with errno set. Copies cfg; takes ownership of backend_fd and console_fd only when it succeeds. */
+/* An inotify descriptor that is readable when somebody has opened the terminal, which the kernel does not tell its master:
+ * the caller's to close. It takes a path, which a sidecar has none of: whoever opens the pty calls it. Or -errno. */
+int mc_serial_watch_pty(int master);
+
+/* NULL with errno set. Copies cfg; takes ownership of backend_fd, watch_fd and console_fd only when it succeeds. */
 struct mc_serial *mc_serial_new(const struct mc_serial_config *cfg);
 /* After run has returned or was never called. Flushes the file for at most two seconds; returns 0, or an errno when
  * bytes of the log file could not be written. */

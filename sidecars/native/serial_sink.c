@@ -358,6 +358,23 @@ void mc_sinks_drain(struct mc_serial *s)
 	} while (mc_now_ms() < until);
 }
 
+int mc_serial_watch_pty(int master)
+{
+	char slave[64];
+	int err = ptsname_r(master, slave, sizeof(slave));
+	int fd;
+
+	if (err)
+		return -err;
+	fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
+	if (fd >= 0 && inotify_add_watch(fd, slave, IN_OPEN) < 0) {
+		err = errno;
+		close(fd);
+		return -err;
+	}
+	return fd < 0 ? -errno : fd;
+}
+
 int mc_sinks_init(struct mc_serial *s)
 {
 	for (uint32_t i = 0; i <= MC_SERIAL_CLIENTS; i++)
@@ -370,14 +387,8 @@ int mc_sinks_init(struct mc_serial *s)
 	if (s->cfg.backend != MC_SERIAL_PTY)
 		return 0;
 
-	char slave[64];
-	int err = ptsname_r(s->cfg.backend_fd, slave, sizeof(slave));
-	if (err)
-		return err;
-	/* The kernel tells a pty's master nothing when its slave is opened; the file's watchers it does tell. */
-	s->watch_fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
-	if (s->watch_fd < 0 || inotify_add_watch(s->watch_fd, slave, IN_OPEN) < 0 ||
-	    mc_epoll_set(s->ep, EPOLL_CTL_ADD, s->watch_fd, EPOLLIN, MC_TAG_WATCH))
+	s->watch_fd = s->cfg.watch_fd;
+	if (mc_epoll_set(s->ep, EPOLL_CTL_ADD, s->watch_fd, EPOLLIN, MC_TAG_WATCH))
 		return errno;
 	s->sinks[0].fd = s->cfg.backend_fd;
 	return open_sink(s, &s->sinks[0]) ? 0 : errno;

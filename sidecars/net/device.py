@@ -47,6 +47,7 @@ class NetDevice(Device):
     """
 
     ffi, lib = ffi, lib
+    sandbox_role = "net"
     virtio_type = VIRTIO_ID_NET
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
@@ -56,6 +57,8 @@ class NetDevice(Device):
         if not isinstance(boot.role, NetBoot):
             raise ValueError("the net sidecar was given the Boot of another kind")
         self.role = role = boot.role
+        if role.backend == "link":
+            self.sandbox_role = "net-link"
         if role.backend not in BACKENDS:
             raise ValueError(f"backend {role.backend!r} is none of {', '.join(BACKENDS)}")
         most = 1 if role.backend in ("passt", "link") else lib.MC_NET_MAX_PAIRS

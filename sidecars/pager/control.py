@@ -11,6 +11,7 @@ import os
 import select
 import selectors
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from motorcade.proto import messages as m
@@ -29,8 +30,9 @@ class Control:
     """``start`` connects; ``greet`` says hello, and with that lets the guest run. ``ended_fd`` is readable when the
     connection is over: ``error`` says what went wrong, if anything."""
 
-    def __init__(self, boot: m.Boot, pager: Pager) -> None:
-        self.boot, self.pager = boot, pager
+    def __init__(self, boot: m.Boot, pager: Pager, connected: Callable[[], None]) -> None:
+        """``connected`` is called on its thread. The working directory is the run directory until then."""
+        self.boot, self.pager, self.connected = boot, pager, connected
         self.error: BaseException | None = None
         self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -62,6 +64,7 @@ class Control:
 
     def _talk(self) -> None:
         client = runtime.connect(self.boot)
+        self.connected()
         hello = m.Hello(
             protocol_version=PROTOCOL_VERSION,
             device_id=self.boot.role.device_id if isinstance(self.boot.role, m.PagerBoot) else "",

@@ -36,12 +36,17 @@ def main(boot_socket: socket.socket) -> int:
         runtime.open_log(fds.get("log"), boot)
         negotiate(boot.protocol_version)
         pager, eager = open_pager(boot, fds)
-        sandbox.enter(ffi, lib)
+        sandbox.enter(ffi, lib, "pager")
         if eager:
             pager.copy_all()
         bootlink.send_life(boot_socket, m.Ready())
         # Without a socket: a replacement, which the core does not wait for and could not tell from an impostor.
-        control = Control(boot, pager) if boot.control_socket else None
+        control = None
+        if boot.control_socket:
+            os.fchdir(fds["run"])  # by now there is no other way to the socket
+            control = Control(boot, pager, lambda: close_sandbox(boot_socket))
+        else:
+            close_sandbox(boot_socket)
         return Process(boot_socket, pager, control, eager=eager).loop()
     except Exception as e:
         log.exception("the pager ends")
@@ -49,6 +54,12 @@ def main(boot_socket: socket.socket) -> int:
             bootlink.send_life(boot_socket, m.Damaged(str(e)))
         bootlink.send_life(boot_socket, m.Failed(f"{type(e).__name__}: {e}"[:2000]))
         return 1
+
+
+def close_sandbox(boot_socket: socket.socket) -> None:
+    """All that it needs is open."""
+    os.chdir("/")
+    sandbox.close(ffi, lib, "pager", "pager", boot_socket.fileno())
 
 
 def open_pager(boot: m.Boot, fds: dict[str, int]) -> tuple[Pager, bool]:

@@ -64,6 +64,7 @@ class SerialDevice(Device):
     """
 
     ffi, lib = ffi, lib
+    sandbox_role = "serial"
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
         super().__init__(boot, fds, memory)
@@ -92,6 +93,7 @@ class SerialDevice(Device):
         config = ffi.new("struct mc_serial_config *")
         config.backend = BACKENDS[role.backend]
         config.backend_fd = backend
+        config.watch_fd = fds["pty-opened"] if role.backend == "pty" else -1
         config.console_fd = console
         config.event_fd = self.event_fd
         config.scrollback = role.scrollback

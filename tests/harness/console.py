@@ -14,6 +14,7 @@ from harness.sidecar import Sidecar
 from harness.uart_ring import UartRing
 from motorcade.orchestrator import charbackend
 from motorcade.proto.messages import SerialBoot
+from motorcade.sidecars import _serial
 
 TIMEOUT = 20.0  # seconds
 
@@ -66,6 +67,9 @@ class SerialSidecar(Sidecar):
         fds = {"console": self._console.fd, **(ring.fds if ring else {})}
         if backend_fd is not None:
             fds["backend"] = backend_fd
+        self._watch = -1
+        if backend == "pty" and backend_fd is not None:
+            fds["pty-opened"] = self._watch = _serial.lib.mc_serial_watch_pty(backend_fd)
         role = SerialBoot("con0", "uart" if ring else "virtio", backend, scrollback)
         try:
             queues = 0 if ring else 2
@@ -101,6 +105,9 @@ class SerialSidecar(Sidecar):
         """Also the listening socket."""
         super().close()
         self._console.close()
+        if self._watch >= 0:
+            os.close(self._watch)
+            self._watch = -1
 
 
 @contextlib.contextmanager

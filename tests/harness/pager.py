@@ -127,7 +127,8 @@ class PagerProcess:
             role=m.PagerBoot(frozen.size, eager=eager, parents=frozen.parents),
         )
         log_fd = os.open(self.log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        fds = {"memory": memory, "state": frozen.state, "log": log_fd}
+        run_fd = os.open(self.directory, os.O_PATH | os.O_CLOEXEC)
+        fds = {"memory": memory, "state": frozen.state, "log": log_fd, "run": run_fd}
         fds |= {f"template.{n}": fd for n, fd in enumerate(frozen.files)}
         if working_set is not None:
             fds["working-set"] = os.memfd_create("working-set")
@@ -138,6 +139,7 @@ class PagerProcess:
                 self.wait_until(lambda: self.ready, "ready")
         finally:
             os.close(log_fd)
+            os.close(run_fd)
             if working_set is not None:
                 os.close(fds["working-set"])
 

@@ -111,7 +111,9 @@ class Sidecar:
         own = {f"kick.{i}": fd for i, fd in enumerate(self.kicks)}
         own |= {"memory": self.memory.fd, "call.0": self.call, "isr": self.isr_fd, "log": self._log_fd}
         own["dirty"] = self.memory.dirty_fd
+        own["run"] = run = os.open(self.directory, os.O_PATH | os.O_CLOEXEC)
         boot_proto.send_boot(self.boot_socket, boot, {**own, **fds})
+        os.close(run)
         if wait:
             try:
                 self.wait_until(lambda: self.hello is not None, "its hello")
@@ -170,7 +172,7 @@ class Sidecar:
         lives, _ = boot_proto.drain_life_fds(self.boot_socket)
         for life, fds in lives:
             if isinstance(life, m.Failed):
-                self.stopped = life.reason
+                self.stopped = life.reason.rstrip()
             elif isinstance(life, m.LazyReady):
                 self.mappings = life.mappings
                 (self.userfaultfd,) = fds
