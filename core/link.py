@@ -12,7 +12,7 @@ import enum
 import logging
 import threading
 from collections.abc import Callable
-from pathlib import Path
+from typing import Protocol
 
 from motorcade.core import virtio
 from motorcade.core.loop import Loop
@@ -42,13 +42,20 @@ class SidecarError(Exception):
     """A sidecar could not do what a snapshot needs; the text begins with its name."""
 
 
+class Kill(Protocol):
+    """What asks the supervisor to end a device's sidecar."""
+
+    def __call__(self, device_id: str, reason: str, *, unless_traced: bool = False) -> None:
+        """``unless_traced``: not one that a debugger holds."""
+
+
 class SidecarLink:
     """One sidecar. A virtio.Backend, whose methods come from vCPU threads; all else is the main thread's."""
 
     def __init__(
-        self, device_id: str, kind: str, pid: int, loop: Loop, server: ControlServer, kill: Callable[[str, str], None]
+        self, device_id: str, kind: str, pid: int, loop: Loop, server: ControlServer, kill: Kill
     ) -> None:
-        """``kill(device_id, reason)`` asks the supervisor to end the process."""
+        """``kill`` asks the supervisor to end the process."""
         self.device_id = device_id
         self.kind = kind
         self.pid = pid
@@ -234,7 +241,7 @@ class SidecarLink:
         def answered(outcome: Outcome) -> None:
             if isinstance(outcome, Timeout):
                 # Unless a debugger holds it, which the supervisor can see.
-                self._silent(self.device_id, f"no sign of life for {PING_MS / 1000:g} s")
+                self._kill(self.device_id, f"no sign of life for {PING_MS / 1000:g} s", unless_traced=True)
 
         self._server.request(self.device_id, messages.Ping(), PING_MS, answered)
 

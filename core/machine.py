@@ -168,10 +168,10 @@ class Machine:
         for link in self._platform.links.values():
             link.ping()
 
-    def kill_sidecar(self, device_id: str, reason: str) -> None:
+    def kill_sidecar(self, device_id: str, reason: str, *, unless_traced: bool = False) -> None:
         """See platform.Guest."""
         log.error("%s: to be killed: %s", device_id, reason)
-        self._life.send(messages.KillSidecar(device_id))
+        self._life.send(messages.Silent(device_id) if unless_traced else messages.KillSidecar(device_id))
 
     def _on_life_readable(self) -> None:
         if not self._life.process():

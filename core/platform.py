@@ -52,7 +52,7 @@ class Guest(Protocol):
     def guest_stopped(self, reason: StopReason, text: str) -> None:
         """It cannot go on."""
 
-    def kill_sidecar(self, device_id: str, reason: str) -> None:
+    def kill_sidecar(self, device_id: str, reason: str, *, unless_traced: bool = False) -> None:
         """(On the main thread.) This sidecar does not answer."""
 
 

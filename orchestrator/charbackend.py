@@ -56,8 +56,8 @@ class CharBackend:
 
 
 def open_pty(link: Path | None = None, size: tuple[int, int] | None = None) -> CharBackend:
-    """A raw pty; ``fd`` is its master, ``watch`` tells of opened slaves. ``link`` becomes a symbolic link to the slave, replacing an older link; ``size``
-    is (columns, rows), which the guest's virtio console is then told.
+    """A raw pty; ``fd`` is its master, ``watch`` tells when its slave was opened. ``link`` becomes a symbolic link to
+    the slave, replacing an older link; ``size`` is (columns, rows), which the guest's virtio console is then told.
 
     The slave is not kept open: its absence is how the sidecar knows that nobody reads.
     """

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from motorcade.orchestrator import footprint
@@ -268,6 +269,15 @@ def default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # Python's own default: an OSError where it happens
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def is_traced(pid: int) -> bool:
+    """Whether somebody debugs this process (proc(5), TracerPid)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False  # it has ended
+    return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in status.splitlines())
 
 
 def title(role: str, vm: str) -> None:

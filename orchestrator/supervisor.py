@@ -26,7 +26,7 @@ from motorcade.orchestrator.processes import Processes
 from motorcade.orchestrator.resources import Resources
 from motorcade.orchestrator.rundir import RunDir
 from motorcade.orchestrator.snapshots import Snapshots
-from motorcade.orchestrator.spawn import Child, Helper
+from motorcade.orchestrator.spawn import Child, Helper, is_traced
 from motorcade.orchestrator.vmlook import VmLook
 from motorcade.orchestrator.vmstate import vm_state
 from motorcade.orchestrator.watching import Watching
@@ -251,9 +251,11 @@ class Supervisor:
             log.info("the VM ended: %s (status %d) %s", life.reason, life.status, life.detail)
             self.ended = life
             self.stop_by(END_TIMEOUT)
-        elif isinstance(life, schema.KillSidecar):
+        elif isinstance(life, schema.KillSidecar | schema.Silent):
             sidecar = self.processes.by_device(life.device_id)
-            if sidecar is not None and sidecar.alive:
+            if sidecar is not None and sidecar.alive and isinstance(life, schema.Silent) and is_traced(sidecar.pid):
+                log.warning("%s: no sign of life, but a debugger is attached to it", sidecar.role)
+            elif sidecar is not None and sidecar.alive:
                 log.error("%s is silent: killing it", sidecar.role)
                 sidecar.failure = "silent past a deadline"
                 sidecar.kill()

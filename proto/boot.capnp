@@ -133,6 +133,7 @@ struct Life {
 
     reopen @20 :Void;           # a sidecar of the kit: open again what its kind's open_at() opens
     reopened @21 :Reopened;     # to that sidecar, with descriptors
+    silent @22 :Text;           # core: this device's sidecar gives no sign of life; kill it, unless a debugger holds it
   }
 }
 

@@ -451,6 +451,13 @@ class KillSidecar:
 
 
 @dataclass(frozen=True, slots=True)
+class Silent:
+    """Core: this device's sidecar gives no sign of life; it is to be killed, unless a debugger holds it."""
+
+    device_id: Id
+
+
+@dataclass(frozen=True, slots=True)
 class Mapping:
     """A run of guest memory in some process: ``size`` bytes at ``address`` are those at ``offset`` of the memfd."""
 
@@ -580,6 +587,7 @@ Life: TypeAlias = (
     | SidecarDied
     | ShutdownVm
     | KillSidecar
+    | Silent
     | LazyReady
     | Serve
     | WorkingSet

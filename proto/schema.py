@@ -84,6 +84,7 @@ from motorcade.proto.messages import (
     ShutdownVm,
     SidecarDied,
     SidecarReplaced,
+    Silent,
     Slot,
     StatsReport,
     StatsRequest,
@@ -165,6 +166,7 @@ __all__ = [
     "ShutdownVm",
     "SidecarDied",
     "SidecarReplaced",
+    "Silent",
     "Slot",
     "StatsReport",
     "StatsRequest",
@@ -240,6 +242,7 @@ _LIVES: dict[str, type[Any]] = {
     "sidecarDied": SidecarDied,
     "shutdown": ShutdownVm,
     "killSidecar": KillSidecar,
+    "silent": Silent,
     "lazyReady": LazyReady,
     "serve": Serve,
     "workingSet": WorkingSet,
@@ -257,7 +260,7 @@ _LIVES: dict[str, type[Any]] = {
     "reopened": Reopened,
 }
 # The union's member is the one field itself (a Text, a Data, a struct of its own), not a struct that holds it.
-_BARE = {Failed, KillSidecar, WorkingSet, Damaged, Load, Saved}
+_BARE = {Failed, KillSidecar, Silent, WorkingSet, Damaged, Load, Saved}
 
 _CODES = tuple(ErrorCode(n) for n, _ in sorted(_control.Error.Code.schema.enumerants.items(), key=lambda e: e[1]))
 

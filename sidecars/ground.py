@@ -45,10 +45,12 @@ class Ground:
 def make(
     ffi: Any, lib: Any, role: str, fds: Mapping[str, int], regions: Sequence[Region], *, lazy: bool
 ) -> Ground:
-    """Maps ``fds["memory"]``, registers it where it fills itself (``lazy``; before anything can touch it, and while the
-    process may), and gives up all privileges. Call it while the process has one thread: each other would keep them.
+    """Maps ``fds["memory"]``, registers it where it fills itself (``lazy``; before anything can touch it, and while
+    the process may), and gives up all privileges. Call it while the process has one thread: each other would keep
+    them.
 
-    ``ffi`` and ``lib`` are the caller's C extension, ``role`` is one of sandbox/roles.py; ``fds`` stay the caller's. Errors: OSError, LazyMemoryError.
+    ``ffi`` and ``lib`` are the caller's C extension, ``role`` is one of sandbox/roles.py; ``fds`` stay the caller's.
+    Errors: OSError, LazyMemoryError.
     """
     from motorcade.proto.memory import GuestMemory
     from motorcade.proto.messages import LazyReady, Ready

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from motorcade.sidecars import ground
@@ -104,7 +105,7 @@ def reach(client: ControlClient, boot: Boot, fds: dict[str, int]) -> None:
     here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # a link's directory, perhaps
     try:
         os.fchdir(run)
-        client.connect(os.path.basename(boot.control_socket), device_id(boot))
+        client.connect(Path(boot.control_socket).name, device_id(boot))
         client.wait_connected(HELLO_TIMEOUT)
     finally:
         os.fchdir(here)
@@ -117,7 +118,7 @@ def connect(boot: Boot) -> ControlClient:
     from motorcade.proto.framing import ControlClient
 
     client = ControlClient()
-    client.connect(os.path.basename(boot.control_socket), device_id(boot))
+    client.connect(Path(boot.control_socket).name, device_id(boot))
     client.wait_connected(HELLO_TIMEOUT)
     return client
 

@@ -98,14 +98,14 @@ def load(role: str, more: Sequence[Call] = ()) -> None:
 def stay_inside() -> None:
     """Keeps Python from opening files by itself: source lines for tracebacks, modules, the time zone."""
     time.strftime("%Y", time.localtime())
-    linecache.updatecache = lambda filename, module_globals=None: []  # type: ignore[assignment]
-    linecache.checkcache = lambda filename=None: None  # type: ignore[assignment]
+    linecache.updatecache = lambda filename, module_globals=None: []
+    linecache.checkcache = lambda filename=None: None
     sys.meta_path.insert(0, _TooLate())
     # In C these look for the source themselves.
     sys.excepthook = lambda kind, value, trace: log.critical("the process fails", exc_info=(kind, value, trace))
     threading.excepthook = _thread_failed
     sys.unraisablehook = _unraisable
-    builtins.open = _closed  # type: ignore[assignment]
+    builtins.open = _closed
 
 
 def _closed(*_: Any, **__: Any) -> NoReturn:

@@ -14,7 +14,7 @@ Value: TypeAlias = str | int
 
 @dataclass(frozen=True)
 class Is:
-    """Argument ``index`` (from 0) is one of ``values``, in its lower 32 bits, which is all that an int or a flag has."""
+    """Argument ``index`` (from 0) is one of ``values``, in its lower 32 bits: all that an int or a flag has."""
 
     index: int
     values: tuple[Value, ...]

@@ -32,7 +32,7 @@ def program(role: str, more: tuple[Call, ...] = ()) -> bytes:
     try:
         # Its decisions by a tree instead of a list.
         _check(lib.seccomp_attr_set(context, lib.SCMP_FLTATR_CTL_OPTIMIZE, 2), "the optimisation")
-        _check(lib.seccomp_attr_set(context, lib.SCMP_FLTATR_ACT_BADARCH, lib.SCMP_ACT_KILL_PROCESS), "the architecture")
+        _check(lib.seccomp_attr_set(context, lib.SCMP_FLTATR_ACT_BADARCH, lib.SCMP_ACT_KILL_PROCESS), "architectures")
         for call in dict.fromkeys((*ROLES[role], *more)):
             _add(context, call)
         memfd = os.memfd_create("seccomp", os.MFD_CLOEXEC)

@@ -14,7 +14,7 @@ from motorcade.sidecars.sandbox.calls import OWN_PID, Call, Has, Is, IsNot, Lack
 
 _FILES = (
     *allow("descriptors that it was given or that are between its own threads", "read", "write", "readv", "writev"),
-    *allow("files and the log, at a position", "pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2", "lseek"),
+    *allow("files, at a position", "pread64", "pwrite64", "preadv", "pwritev", "preadv2", "pwritev2", "lseek"),
     *allow("lets go of descriptors", "close", "close_range", "shutdown"),
     *allow("what a descriptor is", "fstat"),
     Call("newfstatat", "fstat, as the C library makes it", (Has(3, ("AT_EMPTY_PATH",)),)),
@@ -103,15 +103,17 @@ _PAGER = (
     *allow("memory that it fills without faults", "fallocate", "ftruncate"),
 )
 KVM = (
-    "KVM_RUN KVM_IRQ_LINE KVM_IOEVENTFD KVM_IRQFD KVM_KVMCLOCK_CTRL KVM_CHECK_EXTENSION KVM_SET_USER_MEMORY_REGION "
-    "KVM_GET_DIRTY_LOG KVM_CREATE_VCPU KVM_GET_VCPU_MMAP_SIZE KVM_GET_SUPPORTED_CPUID KVM_GET_MSR_INDEX_LIST "
-    "KVM_GET_CLOCK KVM_SET_CLOCK KVM_GET_DEBUGREGS KVM_SET_DEBUGREGS KVM_GET_IRQCHIP KVM_SET_IRQCHIP KVM_GET_LAPIC "
-    "KVM_SET_LAPIC KVM_GET_MP_STATE KVM_SET_MP_STATE KVM_GET_MSRS KVM_SET_MSRS KVM_GET_PIT2 KVM_SET_PIT2 KVM_GET_REGS "
-    "KVM_SET_REGS KVM_GET_SREGS KVM_SET_SREGS KVM_GET_TSC_KHZ KVM_SET_TSC_KHZ KVM_GET_VCPU_EVENTS KVM_SET_VCPU_EVENTS "
-    "KVM_GET_XCRS KVM_SET_XCRS KVM_GET_XSAVE KVM_GET_XSAVE2 KVM_SET_XSAVE KVM_SET_CPUID2"
-).split()
+    "KVM_RUN", "KVM_IRQ_LINE", "KVM_IOEVENTFD", "KVM_IRQFD", "KVM_KVMCLOCK_CTRL", "KVM_CHECK_EXTENSION",
+    "KVM_SET_USER_MEMORY_REGION", "KVM_GET_DIRTY_LOG", "KVM_CREATE_VCPU", "KVM_GET_VCPU_MMAP_SIZE",
+    "KVM_GET_SUPPORTED_CPUID", "KVM_GET_MSR_INDEX_LIST", "KVM_GET_CLOCK", "KVM_SET_CLOCK", "KVM_GET_DEBUGREGS",
+    "KVM_SET_DEBUGREGS", "KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP", "KVM_GET_LAPIC", "KVM_SET_LAPIC", "KVM_GET_MP_STATE",
+    "KVM_SET_MP_STATE", "KVM_GET_MSRS", "KVM_SET_MSRS", "KVM_GET_PIT2", "KVM_SET_PIT2", "KVM_GET_REGS",
+    "KVM_SET_REGS", "KVM_GET_SREGS", "KVM_SET_SREGS", "KVM_GET_TSC_KHZ", "KVM_SET_TSC_KHZ", "KVM_GET_VCPU_EVENTS",
+    "KVM_SET_VCPU_EVENTS", "KVM_GET_XCRS", "KVM_SET_XCRS", "KVM_GET_XSAVE", "KVM_GET_XSAVE2", "KVM_SET_XSAVE",
+    "KVM_SET_CPUID2",
+)
 _CORE = (
-    Call("ioctl", "the VM and its processors; no new VM, and no device of KVM's", (Is(1, tuple(KVM)),)),
+    Call("ioctl", "the VM and its processors; no new VM, and no device of KVM's", (Is(1, KVM),)),
     *allow("QMP, and sidecars that take others' places", *(call.name for call in _LISTENING)),
     *allow("a snapshot's files: holes, length, and that they are on the disk", "fallocate", "ftruncate", "fsync"),
     *allow("a snapshot's files", "fdatasync"),

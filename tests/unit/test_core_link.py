@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import threading
@@ -13,6 +14,7 @@ import pytest
 from motorcade.core.link import LinkState, SidecarLink
 from motorcade.core.loop import Loop
 from motorcade.core.virtio import Queue
+from motorcade.orchestrator.spawn import is_traced
 from motorcade.proto import messages
 from motorcade.proto.framing import ControlServer, Gone, OnAnswer, Timeout
 
@@ -37,10 +39,16 @@ class Bench:
     def __init__(self) -> None:
         self.loop, self.server = Loop(), Server()
         self.killed: list[str] = []
+        self.spared_if_traced = False
         self.link = SidecarLink(
-            "disk0", "blk", 42, self.loop, cast(ControlServer, self.server), lambda _id, why: self.killed.append(why)
+            "disk0", "blk", 42, self.loop, cast(ControlServer, self.server), self.kill
         )
         self.link.hello()
+
+    def kill(self, device_id: str, reason: str, *, unless_traced: bool = False) -> None:
+        assert device_id == "disk0"
+        self.killed.append(reason)
+        self.spared_if_traced = unless_traced
 
     def run_until_asked(self, count: int) -> None:
         assert self.loop.run_until(lambda: len(self.server.asked) >= count, 30)
@@ -78,20 +86,20 @@ def test_a_missed_ping_kills(bench: Bench) -> None:
     bench.link.ping()
     bench.server.asked[0][1](Timeout(30_000))
     assert bench.killed == ["no sign of life for 30 s"]
+    assert bench.spared_if_traced
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_a_missed_ping_under_a_debugger_does_not(bench: Bench) -> None:
+def test_whom_a_debugger_holds() -> None:
+    """The supervisor looks, which has a /proc: such a one is not killed for a missed ping."""
     with subprocess.Popen(
         ["strace", "-o", "/dev/null", "sh", "-c", "echo $$; read line"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as traced:
         assert traced.stdin is not None
         assert traced.stdout is not None
-        bench.link.pid = int(traced.stdout.readline())
-        bench.link.ping()
-        bench.server.asked[0][1](Timeout(30_000))
-        assert bench.killed == []
+        assert is_traced(int(traced.stdout.readline()))
         traced.stdin.close()
+    assert not is_traced(os.getpid())
 
 
 def test_an_answer_and_a_death_kill_nobody(bench: Bench) -> None:
