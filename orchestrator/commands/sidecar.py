@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from motorcade.orchestrator.commands import sidecar_act, sidecar_ls, sidecar_new, sidecar_stats, sidecar_trace
+from motorcade.orchestrator.commands import (
+    sidecar_act,
+    sidecar_ls,
+    sidecar_new,
+    sidecar_sandbox,
+    sidecar_stats,
+    sidecar_trace,
+)
 
 _EPILOG = """\
 examples:
@@ -13,6 +20,7 @@ examples:
   vmmctl sidecar stats web root --watch 1 requests, bytes, latencies, again every second
   vmmctl sidecar log web root -f          what it says
   vmmctl sidecar trace web root           what it does, as it happens
+  vmmctl sidecar sandbox web root         what it may do, as the kernel has it
   vmmctl sidecar pause web root           it comes to rest; the guest waits
   vmmctl sidecar resume web root          and goes on
 docs/looking-in.md says what the numbers mean.
@@ -29,5 +37,5 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub = p.add_subparsers(dest="sidecar_command", metavar="COMMAND", required=True)
-    for module in (sidecar_ls, sidecar_stats, sidecar_trace, sidecar_act, sidecar_new):
+    for module in (sidecar_ls, sidecar_stats, sidecar_trace, sidecar_act, sidecar_sandbox, sidecar_new):
         module.add_parser(sub)
