@@ -79,6 +79,6 @@ def allowed(kind: str, backend: str) -> tuple[str, tuple[Call, ...]]:
     from motorcade.sidecars import kinds
 
     try:
-        return "kit", (*ROLES["kit"], *kinds.find(kind).calls)
+        return "kit", (*ROLES["kit"], *kinds.find(kind).system_calls)
     except kinds.UnknownKind as e:
         raise UserError(str(e)) from None

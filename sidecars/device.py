@@ -69,7 +69,7 @@ class Device(abc.ABC):
     """``fds["memory"]`` stays open, for another program that maps guest memory by itself. Which the pager does not know
     of: a restored machine has all of its memory before the device runs (``Hello.whole_memory``)."""
     sandbox_role: str = "kit"  # which list of system calls is its (sandbox/roles.py)
-    calls: ClassVar[Sequence[Call]] = ()  # what it needs beyond that
+    system_calls: ClassVar[Sequence[Call]] = ()  # what it needs beyond that
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
         self.boot = boot
@@ -87,7 +87,7 @@ class Device(abc.ABC):
         from motorcade.sidecars import sandbox
         from motorcade.sidecars.sidecar import device_id
 
-        sandbox.close(self.ffi, self.lib, self.sandbox_role, device_id(self.boot), link_fd, self.calls)
+        sandbox.close(self.ffi, self.lib, self.sandbox_role, device_id(self.boot), link_fd, self.system_calls)
 
     @property
     def always_on(self) -> bool:
