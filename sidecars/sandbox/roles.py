@@ -1,9 +1,10 @@
 """The one place that says which system calls each role may make once it runs, and why.
 
 What is not here ends the process, and is named in its log. A device of the kit's adds what it needs beyond "kit" in
-its class (``Device.system_calls``). Not here on purpose: openat and all that takes a path, socket, execve, fork (a clone that
-is no thread), ptrace, process_vm_readv, pidfd_getfd, kill, mount, bpf, io_uring_setup, userfaultfd, memory that can be
-executed. Calls of other C libraries and kernels for the same purpose stand beside those that are seen on Debian 12.
+its class (``Device.system_calls``). Not here on purpose: openat and all that takes a path, socket, execve, fork (a
+clone that is no thread), ptrace, process_vm_readv, pidfd_getfd, kill, mount, bpf, io_uring_setup, userfaultfd, memory
+that can be executed. Calls of other C libraries and kernels for the same purpose stand beside those that are seen on
+Debian 12.
 """
 
 from __future__ import annotations
