@@ -310,7 +310,7 @@ def load_main(kind: str) -> Main:
     from motorcade.sidecars import runtime
 
     device = _device_class(kind)
-    sandbox.load(device.sandbox_role, device.system_calls)
+    sandbox.load(device.sandbox_role, device.system_calls, device.late_imports)
     return functools.partial(runtime.run, device)
 
 

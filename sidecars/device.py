@@ -70,6 +70,7 @@ class Device(abc.ABC):
     of: a restored machine has all of its memory before the device runs (``Hello.whole_memory``)."""
     sandbox_role: str = "kit"  # which list of system calls is its (sandbox/roles.py)
     system_calls: ClassVar[Sequence[Call]] = ()  # what it needs beyond that
+    late_imports: ClassVar[Sequence[str]] = ()  # modules that its own do not import: later there are no files
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
         self.boot = boot

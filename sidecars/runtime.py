@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from motorcade.sidecars import ground
+from motorcade.sidecars import ground, sandbox
 from motorcade.sidecars.device import Device
 from motorcade.sidecars.ground import Ground
 from motorcade.sidecars.sidecar import HELLO_TIMEOUT as HELLO_TIMEOUT
@@ -53,6 +53,7 @@ def prepare(device_class: type[Device], fds: Mapping[str, int], regions: Sequenc
     and, perhaps, ``userfaultfd``. Errors: as ground.make."""
     from motorcade.proto.framing import ControlClient
 
+    sandbox.load(device_class.sandbox_role, device_class.system_calls, device_class.late_imports)
     made = ground.make(device_class.ffi, device_class.lib, device_class.sandbox_role, fds, regions, lazy=lazy)
     return Ahead(made, ControlClient())
 

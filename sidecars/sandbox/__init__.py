@@ -84,12 +84,12 @@ def close(ffi: Any, lib: Any, role: str, name: str, link_fd: int = -1, more: Seq
         raise OSError(errno, f"sandbox: {ffi.string(step[0]).decode()}: {os.strerror(errno)}")
 
 
-def load(role: str, more: Sequence[Call] = ()) -> None:
+def load(role: str, more: Sequence[Call] = (), modules: Sequence[str] = ()) -> None:
     """What a role needs when there are no files any more, for this process and its children: filters, and modules that
     are imported late."""
     from motorcade.sidecars.sandbox import filters
 
-    for name in _LATE:
+    for name in (*_LATE, *modules):
         importlib.import_module(name)
     filters.names()
     filters.program(role, tuple(more))

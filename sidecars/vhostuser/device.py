@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from motorcade.sidecars import _vhost, device, sdk
 from motorcade.sidecars.device import BrokenQueue, DeviceState, QueueConfig, QueueState
+from motorcade.sidecars.sandbox.calls import allow
 from motorcade.sidecars.vhostuser import opening
 from motorcade.sidecars.vhostuser.options import VhostUserOptions
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("motorcade.sidecar")
 lib, ffi = _vhost.lib, _vhost.ffi
 
+_LATE = ("backend", "dirtylog", "frontend", "protocol")
 NO_QUEUE = 0xFFFF  # in NeedsReset: the device as a whole
 
 
@@ -37,6 +39,8 @@ class VhostUserDevice(sdk.Kind):
     """See the module."""
 
     ffi, lib = ffi, lib
+    system_calls = allow("the channel for what a backend asks, at each connection", "socketpair")
+    late_imports = tuple(f"motorcade.sidecars.vhostuser.{name}" for name in _LATE)
     keeps_memory = True
     connects = True
     Options = VhostUserOptions
