@@ -381,6 +381,19 @@ class Machine:
     def memory_size(self) -> int:
         return self._platform.memory.size
 
+    @property
+    def generation_id(self) -> bytes:
+        return self._platform.read_generation_id()
+
+    def set_generation_id(self, value: bytes) -> None:
+        self._started()
+        if self._snapshots.busy:
+            raise QmpError("a snapshot is being taken, of the machine with the ID that it has")
+        if self._dormant:
+            raise QmpError("the machine was restored and has not run yet; it gets its ID when it does")
+        self._platform.write_generation_id(value)
+        self._platform.pm.generation_changed()
+
     def vcpus(self) -> Sequence[qmp.Vcpu]:
         return [qmp.Vcpu(index, tid, core=index) for index, tid in enumerate(self._platform.vcpus.tids)]
 

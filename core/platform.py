@@ -207,6 +207,10 @@ class Platform:
             rsdp,
         )
 
+    def read_generation_id(self) -> bytes:
+        """The 16 bytes as they are there now: the guest could write them."""
+        return self.memory.read(ACPI_TABLES + tables.GENERATION_ID, 16)
+
     def write_generation_id(self, value: bytes) -> None:
         """Puts the 16 bytes where the tables say that they are; the guest is not told."""
         self.memory.write(ACPI_TABLES + tables.GENERATION_ID, value)

@@ -152,6 +152,13 @@ class MachineControl(Protocol):
         """Bytes of RAM."""
 
     @property
+    def generation_id(self) -> bytes:
+        """The VM generation ID, 16 bytes."""
+
+    def set_generation_id(self, value: bytes) -> None:
+        """Gives it another, 16 bytes, and tells the guest."""
+
+    @property
     def debugger(self) -> Debugger:
         """For looking into it."""
 

@@ -20,6 +20,8 @@ class Wish(enum.StrEnum):
     LIVE = "x-motorcade-live"
 
 
+MAX_PLACE = 4096
+"""Bytes of a URI or a path: as many as the supervisor takes (proto/messages.py, Line), and as the kernel does."""
 _OVER = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 MACHINE_IS_THERE = frozenset(RunState) - _OVER - {RunState.INMIGRATE}
 
@@ -86,13 +88,24 @@ def migrate(ctx: Context, args: Migrate) -> Empty:
 
 def given(ctx: Context, uri: str) -> int:
     """The descriptor that ``uri`` names, the caller's to hand on; -1 where it names none. Raises QmpError."""
+    check_place(uri)
     scheme, _, name = uri.partition(":")
     return ctx.descriptors.take(name) if scheme == "fd" else -1
+
+
+def check_place(text: str) -> None:
+    """Raises QmpError for what can be no place on any host."""
+    if len(os.fsencode(text)) > MAX_PLACE:
+        raise QmpError(f"The place '{text[:40]}...' has more than {MAX_PLACE} bytes")
+    if "\0" in text:
+        raise QmpError("The name of a place cannot have a zero byte in it")
 
 
 def start(ctx: Context, plan: Plan, then: Callable[[Report], None] | None = None) -> None:
     """Begins a snapshot, which takes ``plan.given`` in every case. Raises QmpError."""
     try:
+        check_place(plan.uri)
+        check_place(plan.base)
         ctx.machine.snapshot(plan, then)
     except QmpError:
         if plan.given >= 0:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import msgspec
 
+from motorcade.core.qmp import guid
 from motorcade.core.qmp.commands import Named
+from motorcade.core.qmp.errors import QmpError
 from motorcade.core.qmp.machine import RunState
-from motorcade.core.qmp.registry import Context, Empty, NoArguments, Result, Then, command
+from motorcade.core.qmp.registry import Arguments, Context, Empty, NoArguments, Result, Then, command
 
 _OVER = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 _ALIVE = frozenset(RunState) - _OVER
@@ -43,6 +47,34 @@ class Uuid(Result, frozen=True):
 def query_uuid(ctx: Context, _args: NoArguments) -> Uuid:
     """The VM's UUID."""
     return Uuid(ctx.machine.uuid)
+
+
+class Guid(Result, frozen=True):
+    """Of query-vm-generation-id."""
+
+    guid: str
+
+
+@command("query-vm-generation-id", arguments=NoArguments, returns=Guid)
+def query_vm_generation_id(ctx: Context, _args: NoArguments) -> Guid:
+    """The VM generation ID as it is in the guest's memory now."""
+    return Guid(guid.text(ctx.machine.generation_id))
+
+
+class NewGenerationId(Arguments, frozen=True):
+    """Of x-motorcade-set-generation-id. ``guid``: ``auto`` makes a new one."""
+
+    guid: str = "auto"
+
+
+@command("x-motorcade-set-generation-id", arguments=NewGenerationId, returns=Guid, states=_ALIVE)
+def x_motorcade_set_generation_id(ctx: Context, args: NewGenerationId) -> Guid:
+    """Gives the machine another generation ID, and tells the guest, which then takes new random numbers."""
+    value = os.urandom(guid.SIZE) if args.guid == "auto" else guid.parse(args.guid)
+    if value is None:
+        raise QmpError(f"Parameter 'guid' expects auto or a UUID such as {guid.text(bytes(guid.SIZE))}")
+    ctx.machine.set_generation_id(value)
+    return Guid(guid.text(value))
 
 
 class KvmInfo(Result, frozen=True):

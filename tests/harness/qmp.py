@@ -44,6 +44,7 @@ class FakeMachine:
     def __init__(self) -> None:
         self.run_state = RunState.RUNNING
         self.memory_size = 512 << 20
+        self.generation_id = bytes(range(16))
         self.debugger = FakeDebugger()
         self.known: dict[str, StatsReport] = {}  # of last_stats()
         self.on_event: Callable[[str, dict[str, object]], None] = lambda _name, _data: None
@@ -120,6 +121,9 @@ class FakeMachine:
 
     def char_devices(self) -> Sequence[CharDevice]:
         return [CharDevice("com1", "pty:/dev/pts/3", True)]
+
+    def set_generation_id(self, value: bytes) -> None:
+        self.generation_id = value
 
     def net_devices(self) -> Sequence[NetDevice]:
         return [NetDevice("lan", "52:54:00:12:34:56", "tap tap0")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,24 @@ def test_an_event_before_the_negotiation_does_not_confuse_it(tmp_path: Path) -> 
             await client.disconnect()
 
         asyncio.run(asyncio.wait_for(talk(), 30))
+
+
+def test_its_shell_in_both_modes(tmp_path: Path) -> None:
+    with qmp_host(tmp_path / "qmp.sock") as host:
+
+        def shell(typed: str, *options: str) -> str:
+            shell = [sys.executable, "-m", "qemu.qmp.qmp_shell", *options, host.path]
+            done = subprocess.run(shell, input=typed, capture_output=True, text=True, timeout=60, check=True)
+            return done.stdout
+
+        said = shell("query-name\nmigrate uri=file:/t\nstop\nfrobnicate\n")
+        assert '(QEMU) {"return": {"name": "fake"}}' in said
+        assert "The command frobnicate has not been found" in said
+        assert host.machine.done == ["pause"]
+        said = shell("info status\nc\nhelp cont\n", "-H")
+        assert "VM status: paused" in said
+        assert "let the vCPUs run" in said
+    assert host.machine.done == ["pause", "resume"]
 
 
 def test_quit_says_shutdown_last(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from harness.qmp import FakeMachine, QmpClient, QmpHost, qmp_host
+from motorcade.core.qmp import guid
 from motorcade.core.qmp.errors import DeviceNotFound
 from motorcade.core.qmp.machine import BlockDevice
 from motorcade.proto.messages import Counter, QueueStats, StatsReport
@@ -90,6 +92,19 @@ def test_no_disks(client: QmpClient, monkeypatch: pytest.MonkeyPatch) -> None:
     disks(monkeypatch)
     for command in ("query-block", "query-blockstats", "query-named-block-nodes"):
         assert client.ask(command) == {"return": []}
+
+
+def test_the_generation_id_in_its_usual_form(host: QmpHost, client: QmpClient) -> None:
+    first = "03020100-0504-0706-0809-0a0b0c0d0e0f"
+    assert client.ask("query-vm-generation-id") == {"return": {"guid": first}}
+    assert guid.parse(first) == host.machine.generation_id
+    assert uuid.UUID(bytes_le=host.machine.generation_id) == uuid.UUID(first)
+    new = client.ask("x-motorcade-set-generation-id")["return"]["guid"]
+    assert new != first
+    assert client.ask("query-vm-generation-id")["return"]["guid"] == new
+    assert client.ask("x-motorcade-set-generation-id", guid=first.upper())["return"]["guid"] == first
+    for bad in ("", "auto ", first[:-1], first.replace("-", ""), "{" + first + "}", first + "\n"):
+        assert "expects auto or a UUID" in client.ask("x-motorcade-set-generation-id", guid=bad)["error"]["desc"]
 
 
 def test_memory_and_registers(client: QmpClient) -> None:

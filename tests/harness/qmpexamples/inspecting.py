@@ -110,6 +110,12 @@ GROUP = Group(
         Example("query-vcpu-reg", {"addr": "c0000080", "vcpu": 0}, answer=_hexadecimal),
         Example("query-vcpu-reg", {"addr": "603000000013df1a", "vcpu": 0}, error="GenericError", desc="is no register"),
         Example("query-vcpu-reg", {"addr": "rip", "vcpu": 2}, error="DeviceNotFound", desc="there is no vCPU 2"),
+        Example("query-vm-generation-id", answer={"guid": str}),
+        Example("x-motorcade-set-generation-id", answer={"guid": str}),
+        Example("trace-get-state", {"name": "sidecar_*"}, answer=Each({"name": str, "state": "disabled"})),
+        Example("trace-set-state", {"name": "sidecar_kick", "enable": True}),
+        Example("trace-event-get-state", {"name": "*_kick"}, answer=[{"name": "sidecar_kick", "state": "enabled"}]),
+        Example("trace-event-set-state", {"name": "sidecar_kick", "enable": False}),
         Example("human-monitor-command", {"command-line": "info status"}, answer="VM status: running\r\n"),
         Example(
             "human-monitor-command",
