@@ -67,6 +67,7 @@ class Machine:
         self._state = qmp.RunState.INMIGRATE if boot.incoming else qmp.RunState.PRELAUNCH
         self._announced = False
         self._held = False  # by a snapshot: the vCPUs stay parked
+        self._over: qmp.RunState | None = None  # how the guest ended, where the VM stays nevertheless
         self._leaving = False  # the guest asked for a reset or the end: its vCPUs are not to go on
         self._dormant = boot.incoming  # restored and not run yet: sidecars quiet, clocks standing still
         self._resting = False  # after a snapshot that it was not to go on from: sidecars quiet
@@ -215,7 +216,7 @@ class Machine:
         """See platform.Guest, as below."""
         self._leaving = True
         self._platform.vcpus.request_pause()
-        self._loop.call_soon(lambda: self._end(0, "guest-shutdown", guest=True))
+        self._loop.call_soon(lambda: self._guest_ended(qmp.RunState.SHUTDOWN, "guest-shutdown"))
 
     def guest_reset(self) -> None:
         self._leaving = True
@@ -223,7 +224,31 @@ class Machine:
         self._loop.call_soon(self._on_guest_reset)
 
     def guest_stopped(self, reason: StopReason, text: str) -> None:
-        self._end(FAILED, reason.value, text, guest=True)
+        self._guest_ended(qmp.RunState.INTERNAL_ERROR, reason.value, text)
+
+    def _guest_ended(self, how: qmp.RunState, reason: str, detail: str = "") -> None:
+        """The guest's end is the VM's, unless its owner wants to look at it."""
+        powered_off = how is qmp.RunState.SHUTDOWN
+        if (self._role.on_poweroff if powered_off else self._role.on_crash) != "pause" or not self._announced:
+            self._end(0 if powered_off else FAILED, reason, detail, guest=True)
+        elif self._over is None:
+            why = SnapshotError(f"the guest ended: {reason}")
+            self._snapshots.abort(why, lambda: self._loop.call_soon(lambda: self._stay(how, reason)))
+
+    def _stay(self, how: qmp.RunState, reason: str) -> None:
+        if self._state is qmp.RunState.SHUTDOWN:
+            return
+        try:
+            self._park()
+        except QmpError as e:
+            self._end(FAILED, "internal-error", f"the guest ended, {reason}, and {e.desc}", guest=True)
+            return
+        ran, self._state, self._over = self._state, qmp.RunState.PAUSED, how
+        log.info("the guest has ended: %s; the VM stays", reason)
+        if how is qmp.RunState.SHUTDOWN:
+            self.on_event("SHUTDOWN", {"guest": True, "reason": reason})
+        if ran is qmp.RunState.RUNNING:
+            self.on_event("STOP", {})
 
     def _on_guest_reset(self) -> None:
         if self._role.on_reboot == "exit":
@@ -293,7 +318,7 @@ class Machine:
             self._end(FAILED, "internal-error", f"the kernel cannot be loaded again: {e}")
             return
         self._platform.vcpus.reset(entry)
-        self._leaving = False
+        self._leaving, self._over = False, None
         self.on_event("RESET", {"guest": guest, "reason": reason})
         if self._state is qmp.RunState.RUNNING:
             self._go()
@@ -375,6 +400,8 @@ class Machine:
     def run_state(self) -> qmp.RunState:
         if self._held and self._state is not qmp.RunState.SHUTDOWN:
             return qmp.RunState.FINISH_MIGRATE
+        if self._over is not None:
+            return self._over
         return self._state
 
     @property
@@ -408,6 +435,8 @@ class Machine:
         self._started()
         if self._state is qmp.RunState.RUNNING:
             return
+        if self._over is not None:
+            raise QmpError(f"the guest has ended ({self._over}); system_reset starts it again, and cont then")
         if self._held:
             raise QmpError("a snapshot is being taken; the machine can go on when it is over (see query-migrate)")
         self._state = qmp.RunState.RUNNING

@@ -184,6 +184,12 @@ class Machine(_Part, kw_only=True):
     on_reboot: Annotated[
         Literal["reset", "exit"], Meta(description="What the guest's reboot does: boot again, or end the VM.")
     ] = "reset"
+    on_poweroff: Annotated[
+        Literal["end", "pause"], Meta(description="What the guest's power-off does: end the VM, or keep it, stopped.")
+    ] = "end"
+    on_crash: Annotated[
+        Literal["end", "pause"], Meta(description="What becomes of a guest that cannot go on (a triple fault, say).")
+    ] = "end"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="Of all the VM's processes.")
     ] = "info"

@@ -106,6 +106,8 @@ class Processes:
             kernel_path=machine.kernel.image,
             initrd_path=machine.kernel.initrd or "",
             on_reboot=machine.on_reboot,
+            on_poweroff=machine.on_poweroff,
+            on_crash=machine.on_crash,
             generation_id=incoming.generation_id if incoming is not None else b"",
             defer=incoming is not None and not incoming.template,
         )

@@ -55,6 +55,8 @@ struct CoreBoot {
   onReboot @8 :Text;        # "reset" or "exit"
   generationId @9 :Data;    # 16 bytes: give the restored guest this VM generation ID; empty: keep the template's
   defer @10 :Bool;          # incoming, but which template is said later, by migrate-incoming
+  onPoweroff @11 :Text;     # "end" or "pause"
+  onCrash @12 :Text;        # "end" or "pause"
 }
 
 struct Slot {

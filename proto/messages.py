@@ -319,6 +319,8 @@ class CoreBoot:
     on_reboot: Word = "reset"
     generation_id: Annotated[bytes, Max(16)] = b""
     defer: bool = False
+    on_poweroff: Word = "end"
+    on_crash: Word = "end"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,12 @@ import msgspec
 
 from motorcade.core.qmp.errors import QmpError
 from motorcade.core.qmp.events import DumpResult, DumpStatus
-from motorcade.core.qmp.migration import MACHINE_IS_THERE, failure, finished, given, start
+from motorcade.core.qmp.machine import RunState
+from motorcade.core.qmp.migration import failure, finished, given, start
 from motorcade.core.qmp.registry import Arguments, Context, Deferred, Empty, NoArguments, Result, command
 from motorcade.core.snapshot.plan import Plan, Report, Status
+
+_RAM_IS_THERE = frozenset(RunState) - {RunState.INMIGRATE}  # of a guest that has crashed, too: that is what it is for
 
 
 class DumpFormat(enum.StrEnum):
@@ -31,7 +34,7 @@ class DumpGuestMemory(Arguments, frozen=True):
     format: DumpFormat = DumpFormat.ELF
 
 
-@command("dump-guest-memory", arguments=DumpGuestMemory, states=MACHINE_IS_THERE)
+@command("dump-guest-memory", arguments=DumpGuestMemory, states=_RAM_IS_THERE)
 def dump_guest_memory(ctx: Context, args: DumpGuestMemory) -> Empty | Deferred:
     """Writes guest memory as an ELF core file. Event DUMP_COMPLETED."""
     scheme, _, rest = args.protocol.partition(":")

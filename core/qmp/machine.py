@@ -22,8 +22,8 @@ class RunState(enum.StrEnum):
     INMIGRATE = "inmigrate"
     FINISH_MIGRATE = "finish-migrate"  # stopped for a moment, for a snapshot
     POSTMIGRATE = "postmigrate"  # stopped, and a snapshot was taken of it
-    SHUTDOWN = "shutdown"
-    INTERNAL_ERROR = "internal-error"
+    SHUTDOWN = "shutdown"  # the guest powered off, and the VM is still there (on_poweroff: pause)
+    INTERNAL_ERROR = "internal-error"  # the guest cannot go on, likewise (on_crash: pause)
 
     @property
     def runs(self) -> bool:

@@ -109,14 +109,14 @@ def stop(ctx: Context, _args: NoArguments) -> Empty:
     return Empty()
 
 
-@command("cont", arguments=NoArguments, states=_ALIVE)
+@command("cont", arguments=NoArguments)
 def cont(ctx: Context, _args: NoArguments) -> Empty:
     """Lets the vCPUs run, if they do not. Event RESUME."""
     ctx.machine.resume()
     return Empty()
 
 
-@command("system_reset", arguments=NoArguments, states=_ALIVE)
+@command("system_reset", arguments=NoArguments)
 def system_reset(ctx: Context, _args: NoArguments) -> Empty:
     """Resets the machine as its reset button would. Event RESET."""
     ctx.machine.reset("host-qmp-system-reset")
