@@ -422,7 +422,9 @@ class Supervisor:
         if self.status == "starting" and helper.gentle:
             self.fail(UserError(f"{helper.role} {helper.state}{last_words(self.run_dir, helper.role)}"))
             return
-        lifeline.send(self.line, event="sidecar-died", role=helper.role, reason=helper.state)
+        # One that ends by itself when its device does (virtiofsd) is no news; the device says so if it misses it.
+        if not helper.gentle or helper.state != "exited with status 0":
+            lifeline.send(self.line, event="sidecar-died", role=helper.role, reason=helper.state)
         self.write_state()
 
     # End.

@@ -29,6 +29,9 @@ ROOTFS_SIZE = 64 << 20
 
 MODULES = ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "button", "evdev"]
 
+ON_DEMAND = ["virtiofs"]
+"""In the initramfs as well, for tests that load them, in the order of the lines of /modules/on_demand."""
+
 _INITTAB = b"::sysinit:/bin/rc\n"
 _POWER_BUTTON = b"#!/bin/sh\nsync\nmount -o remount,ro /\npoweroff -f\n"
 
@@ -56,6 +59,9 @@ def initrd(flavour: Flavour = CLOUD, *, load: bool = False) -> Path:
     if load:
         files["bin/load"] = load_program().read_bytes()
     files["init"] = (SCRIPTS / "init.sh").read_bytes()
+    more = [path for path in linux.module_files([*MODULES, *ON_DEMAND]) if path not in modules]
+    files["modules/on_demand"] = "".join(f"{path.name}\n" for path in more).encode()
+    files.update({f"modules/{path.name}": path.read_bytes() for path in more})
     files["modules/order"] = "".join(f"{path.name}\n" for path in modules).encode()
     files.update({f"modules/{path.name}": path.read_bytes() for path in modules})
     name = "initrd" + ("-generic" if flavour is GENERIC else "") + ("-load" if load else "")
