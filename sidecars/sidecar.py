@@ -274,10 +274,10 @@ class Sidecar:
         """Comes to rest. Asked again, also while it still comes to rest: answered again."""
         from motorcade.proto.messages import Error, ErrorCode, Ok
 
-        if self._quiesced:
-            return Ok()
         if why := self.device.unrest():
             raise Refused("generic", why)
+        if self._quiesced:
+            return Ok()
         if self.device.always_on:
             self.device.quiesce()
             self._quiesced = True

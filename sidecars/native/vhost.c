@@ -87,7 +87,7 @@ void mc_vhost_free(struct mc_vhost *s)
 	free(s);
 }
 
-int mc_vhost_attach(struct mc_vhost *s, uint32_t index, const struct mc_vq *vq)
+int mc_vhost_attach(struct mc_vhost *s, uint32_t index, const struct mc_vq *vq, void *account, bool again)
 {
 	if (index >= s->n)
 		return EINVAL;
@@ -97,6 +97,9 @@ int mc_vhost_attach(struct mc_vhost *s, uint32_t index, const struct mc_vq *vq)
 		return EBUSY;
 	q->vq = *vq;
 	q->attached = true;
+	q->account = account ? account : &q->own;
+	if (!again)
+		memset(q->account, 0, sizeof(*q->account));
 	return 0;
 }
 
@@ -196,11 +199,19 @@ void mc_vhost_flush(struct mc_vhost *s)
 		if (!q->attached || q->vq.error)
 			continue;
 		/* Used buffers without a call: the driver wanted none, or the backend had no chance. */
-		uint16_t before = q->used_seen;
+		uint16_t before = q->account->used_seen;
 
 		mc_vhost_heads_look(q);
-		if (pending || q->used_seen != before)
+		if (pending || q->account->used_seen != before)
 			mc_vq_interrupt(&q->vq);
+	}
+}
+
+void mc_vhost_interrupt_all(struct mc_vhost *s)
+{
+	for (uint32_t i = 0; i < s->n; i++) {
+		if (s->q[i].attached && !s->q[i].vq.error)
+			mc_vq_interrupt(&s->q[i].vq);
 	}
 }
 

@@ -13,6 +13,7 @@
 #include "virtqueue.h"
 
 #define MC_VHOST_MAX_QUEUES 64
+#define MC_VHOST_ACCOUNT sizeof(struct mc_vhost_account)
 
 /* Why mc_vhost_next() returned. */
 enum mc_vhost_event {
@@ -25,12 +26,24 @@ enum mc_vhost_event {
 
 struct mc_vhost;
 
+/* Of one queue: what was seen of its rings, and which heads are with the backend. It may outlive the process, which can
+ * be killed anywhere: `busy` then says that it was in the middle. All of it is bounded when it is used. */
+struct mc_vhost_account {
+	uint32_t busy;
+	uint32_t lost;			/* too much happened unseen */
+	uint16_t avail_seen, used_seen;
+	uint64_t number;		/* of the next avail entry, counted on without end */
+	uint64_t last[MC_MAX_QUEUE_SIZE];	/* number of the entry that made this head available the last time */
+	int16_t with[MC_MAX_QUEUE_SIZE];	/* 1: the backend has this head */
+};
+
 /* n queues. NULL with errno. */
 struct mc_vhost *mc_vhost_new(uint32_t n);
 void mc_vhost_free(struct mc_vhost *s);
 
-/* The driver is ready: takes over a copy of *vq, which mc_vq_init() has seen. 0, or an errno. */
-int mc_vhost_attach(struct mc_vhost *s, uint32_t index, const struct mc_vq *vq);
+/* The driver is ready: takes over a copy of *vq, which mc_vq_init() has seen. account: MC_VHOST_ACCOUNT bytes to keep it in,
+ * or NULL for s's own; again: it is there, left by another process. 0, or an errno. */
+int mc_vhost_attach(struct mc_vhost *s, uint32_t index, const struct mc_vq *vq, void *account, bool again);
 /* A reset: no queue is attached, and nothing is pending in any eventfd. */
 void mc_vhost_detach(struct mc_vhost *s);
 /* For its error. size is 0 and error too where none is attached. */
@@ -47,6 +60,8 @@ enum mc_vhost_event mc_vhost_next(struct mc_vhost *s, int milliseconds);
 /* The same of what is there already, at the end: also of buffers that were used without a word, since the backend may
  * have lost its voice before. */
 void mc_vhost_flush(struct mc_vhost *s);
+/* Interrupts the driver for every attached queue, whatever it asked for. */
+void mc_vhost_interrupt_all(struct mc_vhost *s);
 void mc_vhost_wake(struct mc_vhost *s);
 /* One call, one return of mc_vhost_next(), now or when it is called next. */
 void mc_vhost_stop(struct mc_vhost *s);

@@ -8,12 +8,8 @@ struct queue {
 	struct mc_vq vq;
 	bool attached;
 	int call_fd, error_fd;
-	/* The account: what was seen of the rings, and which heads are with the backend. */
-	bool lost;			/* too much happened unseen */
-	uint16_t avail_seen, used_seen;
-	uint64_t number;		/* of the next avail entry, counted on without end */
-	uint64_t last[MC_MAX_QUEUE_SIZE];	/* number of the entry that made this head available the last time */
-	int16_t with[MC_MAX_QUEUE_SIZE];	/* 1: the backend has this head */
+	struct mc_vhost_account *account;	/* own, or memory that outlives us */
+	struct mc_vhost_account own;
 };
 
 struct mc_vhost {

@@ -124,7 +124,7 @@ class VhostUserDevice(sdk.Kind):
             vq.watch = device.watched(ffi, self.watch)
             kick, call = self.fds[f"kick.{queue.index}"], self.fds["call.0"]
             device.init_queue(lib, vq, queue, features, kick_fd=kick, call_fd=call)
-            if error := lib.mc_vhost_attach(self._loop, queue.index, vq):
+            if error := lib.mc_vhost_attach(self._loop, queue.index, vq, ffi.NULL, False):
                 raise OSError(error, f"queue {queue.index}: {os.strerror(error)}")
             if not vq.error:
                 setting.rings[queue.index] = Ring(queue.index, queue.size, queue.desc, queue.driver, queue.device)
@@ -152,10 +152,12 @@ class VhostUserDevice(sdk.Kind):
     def unrest(self) -> str:
         """A backend with a state of its own cannot be frozen."""
         front = self._front
-        if not front.setting.rings or (front.shape.stateless and not front.failed):
+        if not front.setting.rings or (front.shape.stateless and front.known and not front.failed):
             return ""
         if front.failed:
             return f"{front.failed}; a reset by its driver brings it back"
+        if not front.known:
+            return f"{front.whose} is away, with requests in hand"
         if front.shape.name == "fs":
             how = "have the guest unmount it and unbind its driver (umount, modprobe -r virtiofs)"
         else:

@@ -10,7 +10,7 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -77,13 +77,15 @@ class FrontEnd:
         self.config = b""
         self.features, self._offered = 0, False  # what the device offers: the first backend's
         self.setting = Setting()
-        self.known = True  # ``setting.at`` is where the rings are
         self.failed = ""  # why there will be no backend until the driver resets the device
         self.reconnects = 0
         self.stale = False  # the backend may have another configuration space
         self._asked = 0.0  # when it was last asked for
         self._inflight: Inflight | None = None
         self._running: list[int] = []  # rings that the backend has been given
+        self._orphans: list[int] = []  # rings of a backend that went away with them
+        self._resume = False  # the next one is to go on from the inflight region
+        self._inherited = False  # the rings are those of a front-end before this one
         self._ends, self._began = 0, 0.0
         self._written: deque[tuple[int, bytes]] = deque()
         self._opened: SimpleQueue[tuple[Mapping[str, int], str]] = SimpleQueue()
@@ -92,6 +94,11 @@ class FrontEnd:
     def whose(self) -> str:
         """For messages."""
         return self.options.whose
+
+    @property
+    def known(self) -> bool:
+        """``setting.at`` is where the rings are, while they stand still."""
+        return not self._orphans and not self._resume
 
     # Any thread.
 
@@ -111,9 +118,12 @@ class FrontEnd:
 
     # While no run() is entered.
 
-    def begin(self, setting: Setting) -> None:
-        """The driver is ready."""
-        self.setting, self.known, self.failed, self._ends = setting, True, "", 0
+    def begin(self, setting: Setting, *, again: bool = False) -> None:
+        """The driver is ready. ``again``: since long; a front-end before this one has set its rings going."""
+        self.setting, self.failed, self._ends = setting, "", 0
+        self._orphans, self._resume, self._inherited = [], False, again
+        if again:
+            self._orphan(setting.rings)
 
     def forget(self) -> None:
         """The driver is gone."""
@@ -142,6 +152,9 @@ class FrontEnd:
 
     def run(self) -> None:
         """Until ``stop``, whatever becomes of the backend."""
+        if self._inherited:
+            self._inherited = False
+            lib.mc_vhost_interrupt_all(self._loop)  # who was here before us may not have had the time
         try:
             while True:
                 try:
@@ -230,6 +243,9 @@ class FrontEnd:
         self._began = time.monotonic()
         if not setting.rings:
             return
+        if self._orphans and (reason := self._recover()):
+            self._fail(f"{self.whose} went away; it {reason}")
+            return
         if missing := setting.features & ~backend.features:
             raise BackendError(f"is another one now: it lacks feature bits {missing:#x}, which the driver uses")
         logs = memory.log.wanted and backend.can_log
@@ -244,6 +260,7 @@ class FrontEnd:
             self._running.append(index)
             fds = {"call": lib.mc_vhost_call_fd(self._loop, index), "error": lib.mc_vhost_error_fd(self._loop, index)}
             backend.start(ring, last_avail, kick=self._kicks[index], log=logs, **fds)
+        self._resume = False
         for index in setting.rings:
             os.eventfd_write(self._kicks[index], 1)  # one that was sent meanwhile may have been somebody else's
         log.info("the rings %s are with %s%s", self._running, self.whose, ", which logs what it writes" if logs else "")
@@ -251,7 +268,7 @@ class FrontEnd:
     def _set_inflight(self, backend: Backend) -> None:
         """A region for what is in hand: the dead one's, if that is to be gone on from."""
         queues, size = self.shape.queues, self.options.queue_size
-        if self.known:
+        if not self._resume:
             self._drop_inflight()
             self._inflight = backend.get_inflight(queues, size)
         if self._inflight is not None:
@@ -274,9 +291,8 @@ class FrontEnd:
                 raise BackendError(f"says that queue {index} is at {base}, where it cannot be")
         self._drain(bases)
         lib.mc_vhost_flush(self._loop)
-        self._running.clear()
+        self._running = []
         self.setting.at |= {index: (base, base) for index, base in bases.items()}
-        self.known = True
         self._memory.log.collect()
 
     def _drain(self, bases: Mapping[int, int]) -> None:
@@ -301,33 +317,41 @@ class FrontEnd:
         if time.monotonic() - self._began > STEADY:
             self._ends = 0
         self._ends += 1
-        lib.mc_vhost_flush(self._loop)
-        reason = self._recover() if self._running else ""
-        self._running.clear()
-        self._memory.log.collect()
-        if not reason and self._ends > MOST_ENDS:
-            reason = f"ended {self._ends} times in a row"
-        if reason:
-            self._fail(f"{self.whose} {why}; it {reason}")
+        if self._running:
+            lib.mc_vhost_flush(self._loop)
+            running, self._running = self._running, []
+            self._orphan(running, str(why))
+            self._memory.log.collect()
+        if self._ends > MOST_ENDS and not self.failed:
+            self._fail(f"{self.whose} {why}; it ended {self._ends} times in a row")
+
+    def _orphan(self, rings: Iterable[int], why: str = "has another front-end now") -> None:
+        """Their backend is gone, or about to: it may still be answering what it has in hand. Where nothing is, they
+        stand still."""
+        if self.shape.name == "fs":
+            self._fail(f"{self.whose} {why}; it took what it knew of open files with it")
+        self._orphans = sorted({*rings, *self._orphans})
+        if all(lib.mc_vhost_avail_idx(self._loop, i) == self._used(i) for i in self._orphans):
+            self.setting.at |= {i: (self._used(i), self._used(i)) for i in self._orphans}
+            self._orphans = []
 
     def _recover(self) -> str:
-        """Puts the rings where another backend can go on. Why that cannot be, or nothing."""
-        if self.shape.name == "fs":
-            return "took what it knew of open files with it"
+        """Puts the rings where another backend, which is there by now, can go on: one that serves us serves nobody
+        else, its own process of before included. Why that cannot be, or nothing."""
+        lib.mc_vhost_flush(self._loop)
         stateful = not self.shape.stateless and self._inflight is None
         outstanding = 0
-        for index in self._running:
-            used = self._used(index)
+        for index in self._orphans:
             if self._inflight is None:
                 found = lib.mc_vhost_recover(self._loop, index)
                 if found < 0:
                     return f"had requests in hand, and which (queue {index}) is not known"
                 outstanding += found
-                used = self._used(index)
-            self.setting.at[index] = used, used
-        self.known = self._inflight is None
+            self.setting.at[index] = self._used(index), self._used(index)
         if stateful and outstanding:
             return f"had {outstanding} requests in hand, and machine.yaml does not say that it is stateless"
+        self._memory.log.collect()
+        self._orphans, self._resume = [], self._inflight is not None
         return ""
 
     def _fail(self, reason: str) -> None:

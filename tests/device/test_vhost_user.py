@@ -211,10 +211,10 @@ def test_a_backend_that_is_killed_and_started_again_costs_time_and_nothing_else(
         assert sidecar.stats().queues[0].requests >= 5 * depth
 
 
-def test_it_may_be_frozen_while_its_backend_is_away(storage: Storage, image: Path) -> None:
+def test_while_its_backend_is_away_it_is_frozen_if_nothing_was_in_hand(storage: Storage, image: Path) -> None:
     with bridge(storage) as sidecar:
         (queue,) = sidecar.start()
-        made = load(Driver(queue), random.Random(4), 20)
+        assert Driver(queue).flush() == OK
         storage.kill()
         sidecar.wait_log("closed the connection")
         sidecar.quiesce()
@@ -224,6 +224,17 @@ def test_it_may_be_frozen_while_its_backend_is_away(storage: Storage, image: Pat
         with bridge(storage, incoming=True, predecessor=sidecar) as clone:
             clone.restore(state, [queue])
             clone.resume()
+            made = load(Driver(queue), random.Random(4), 20)
+            queue.wait(20)
+            check(image, made)
+            storage.kill()
+            clone.wait_log("closed the connection")
+            made = load(Driver(queue), random.Random(5), 20)  # nobody has these
+            clone.quiesce()
+            assert [q.last_avail for q in clone.save().queues] == [queue.used_idx]
+            storage.start()
+            clone.resume()
+            back(clone)
             queue.wait(20)
             check(image, made)
 

@@ -304,6 +304,38 @@ def test_the_inflight_region_of_the_dead_is_given_to_the_next(backends: Backends
         assert backend.seen.count(Request.GET_INFLIGHT_FD) == 1
 
 
+def test_with_requests_in_hand_and_its_backend_away_it_is_not_frozen(backends: Backends) -> None:
+    """Who has closed a connection may still be at work in guest memory."""
+    backend = backends(hold=True)
+    with bridge(backend) as sidecar:
+        (queue,) = sidecar.start(event_idx=False)
+        queue.submit([b"held"], [4])
+        queue.kick()
+        sidecar.ping_until(lambda: backend.taken == [b"held"], "the request")
+        backend.close()
+        sidecar.wait_log("closed the connection")
+        outcome = sidecar.request(m.Quiesce())
+        assert isinstance(outcome, m.Error) and "is away, with requests in hand" in outcome.text
+        sidecar.reset()
+        sidecar.quiesce()
+
+
+def test_answers_that_come_after_the_connection_are_not_asked_for_again(backends: Backends) -> None:
+    backend = backends(hold=True)
+    with bridge(backend) as sidecar:
+        (queue,) = sidecar.start(event_idx=False)
+        for n in range(3):
+            queue.submit([b"h%d" % n], [4])
+        queue.kick()
+        sidecar.ping_until(lambda: len(backend.taken) == 3, "the requests")
+        backend.answer_on_drop = 2
+        backend.hold = False
+        backend.drop()
+        back(sidecar)
+        assert [r.data for r in queue.wait(3)] == [[b"ZZZZ"]] * 3
+        assert backend.taken == [b"h0", b"h1", b"h2", b"h2"]
+
+
 def test_without_a_region_a_backend_with_a_state_is_not_gone_on_from(backends: Backends) -> None:
     backend = backends(hold=True)
     with bridge(backend, stateless=False) as sidecar:

@@ -40,6 +40,7 @@ class FakeBackend:
     the answer to a request (whole messages, with descriptors; None: silence; EOF: it closes).
 
     ``hold``: requests are taken and not answered; ``late``: but by a stop, after its own answer and without a call.
+    ``answer_on_drop``: so many of those that are held are answered when the connection has ended.
     Each has one buffer to read, of four bytes, and one to write.
     """
 
@@ -51,6 +52,7 @@ class FakeBackend:
     lies: dict[Request, Lie] = field(default_factory=dict)
     hold: bool = False
     late: bool = False
+    answer_on_drop: int = 0
 
     def __post_init__(self) -> None:
         self.seen: list[Request] = []
@@ -125,6 +127,9 @@ class FakeBackend:
     def _forget(self) -> None:
         assert self.connection is not None
         self.connection.close()
+        for head, into in self._held[: self.answer_on_drop]:
+            self._answer(self.rings[0], head, into)
+        self._held = []
         for ring in self.rings.values():
             for fd in (ring.kick, ring.call, ring.error):
                 if fd >= 0:

@@ -86,7 +86,7 @@ def ring(parts: tuple[GuestMemory, Any, list[Any]], start: int, events: list[int
     queue = device.QueueConfig(0, SIZE, DESC, AVAIL, USED, start, start)
     device.init_queue(lib, vq, queue, 0, kick_fd=events[0], call_fd=events[0])
     loop = lib.mc_vhost_new(1)
-    assert lib.mc_vhost_attach(loop, 0, vq) == 0
+    assert lib.mc_vhost_attach(loop, 0, vq, ffi.NULL, False) == 0
     lib.mc_vhost_begin(loop, 0, start, start)
     return Ring(memory, loop, avail_idx=start, used_idx=start)
 
