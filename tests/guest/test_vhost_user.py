@@ -38,7 +38,7 @@ def pid(run_dir: Path, role: str) -> int:
     return next(int(p["pid"]) for p in processes if p["role"] == role and p["state"] == "running")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_shared_directory_and_a_disk(host: VmHost, linux: Machine, tmp_path: Path) -> None:
     shared, image = tmp_path / "shared", tmp_path / "disk.img"
     shared.mkdir()
