@@ -186,7 +186,11 @@ class Machine:
         elif isinstance(life, messages.SidecarReplaced):
             self._sidecar_replaced(life.device_id, life.pid)
         elif isinstance(life, messages.ShutdownVm):
-            self._end(0, "host-signal")
+            self.shut_down()
+
+    def shut_down(self) -> None:
+        """Ends the VM at once, disks flushed: the host wants that."""
+        self._end(0, "host-signal")
 
     def _sidecar_replaced(self, device_id: str, pid: int) -> None:
         link = self._platform.links[device_id]

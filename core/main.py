@@ -42,6 +42,8 @@ def run(boot_socket: socket.socket, blank: Blank | None = None) -> int:
         ground.check(boot, fds["memory"])
         loop = Loop()
         machine = Machine(boot, fds, ground.memory, loop, server, boot_socket, blank.vm)
+        # Of whoever has the pid from a pidfile: an orderly end. The handler runs on this thread, between two bytecodes.
+        signal.signal(signal.SIGTERM, lambda *_: loop.call_soon(machine.shut_down))
         server.bind(boot.control_socket, fds.pop("control"))
         qmp = QmpServer(loop.outer, machine, [fd for label, fd in sorted(fds.items()) if label.startswith("qmp.")])
         loop.add_deadlines(qmp.next_deadline, qmp.expire)

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from motorcade.orchestrator import lifeline
+from motorcade.orchestrator import charbackend, lifeline
 from motorcade.orchestrator.box.session import Leash, carried_environment, remote_command, working_tree
 from motorcade.orchestrator.box.vm import Box, ensure_box
 from motorcade.orchestrator.config import devices
@@ -85,6 +85,13 @@ def forwards(machine: Machine, run_dir: Path) -> list[str]:
             host = rule.removeprefix("tcp:").rpartition(":")[0]
             pairs.append((host, f"127.0.0.1:{host.rpartition(':')[2]}"))
     return [f"{here}:{target}" for here, target in pairs]
+
+
+def sockets(machine: Machine) -> list[Path]:
+    """What ssh makes outside the run directory, and does not remove."""
+    found = [Path(address.removeprefix("unix:")) for address in machine.qmp if address.startswith("unix:")]
+    backends = (console.backend for console in machine.consoles)
+    return found + [Path(backend.socket) for backend in backends if isinstance(backend, To) and backend.socket]
 
 
 def arguments(incoming: Incoming) -> list[str]:
@@ -151,12 +158,17 @@ class BoxedVm:
         self.last: dict[str, Any] | None = None  # how it ended, or why it did not come to run
         self.selector = selectors.DefaultSelector()
         self.output = b""
+        self.served = False  # the sockets outside the run directory are ours
 
     def run(self) -> int:
         """Starts the VM in the box and stands for it until it ends. Returns its exit status."""
         try:
             self.write_state()
             self.lock_images()
+            for path in sockets(self.machine):
+                # In the way of another's, or of a file, it is an error; what a killed VM left is removed.
+                charbackend.open_socket(path).close()
+            self.served = True
             self.told = arguments(self.incoming) if self.incoming is not None else []
             self.shares = shares(self.machine, self.incoming)
             if self.incoming is None:
@@ -164,8 +176,9 @@ class BoxedVm:
                 self.machine.kernel.image = str(unpacked_kernel(self.machine.kernel.image))
             box = ensure_box(lambda text: self.tell(event="progress", text=text))
             self.serve(box)
-        except UserError as e:
-            self.last = {"event": "failed", "message": str(e), "status": e.status}
+        except (UserError, charbackend.CharBackendError) as e:
+            status = e.status if isinstance(e, UserError) else EXIT_ERROR
+            self.last = {"event": "failed", "message": str(e), "status": status}
         except Exception as e:
             log.exception("the supervisor failed")
             self.last = {"event": "failed", "message": f"{type(e).__name__}: {e}", "status": EXIT_ERROR}
@@ -314,6 +327,10 @@ class BoxedVm:
         self.status = "failed" if failed else "ended"
         for process in self.processes:
             process["state"] = "ended"
+        for path in sockets(self.machine) if self.served else []:
+            with contextlib.suppress(OSError):
+                if path.is_socket():
+                    path.unlink()
         self.write_state()
         self.run_dir.release()
         self.tell(**self.last)

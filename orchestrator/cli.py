@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from motorcade import __version__
 from motorcade.orchestrator.commands import (
@@ -21,6 +23,7 @@ from motorcade.orchestrator.commands import (
     ps,
     qmp,
     restore,
+    run,
     save,
     schema,
     sidecar,
@@ -30,13 +33,14 @@ from motorcade.orchestrator.commands import (
     up,
     zygote,
 )
-from motorcade.orchestrator.errors import EXIT_ERROR, EXIT_OK, UserError
+from motorcade.orchestrator.errors import EXIT_ERROR, EXIT_OK, EXIT_USAGE, UserError
 
 _EPILOG = """\
 examples:
   vmmctl doctor                       what this host can do
   vmmctl up machine.yaml              start a VM and attach to its console (Ctrl-] leaves it running)
   vmmctl up -d machine.yaml           start it in the background
+  vmmctl run -- -machine microvm ...  start it from QEMU's or StratoVirt's command line
   vmmctl ps                           what runs
   vmmctl console web                  attach again, and see what was missed
   vmmctl qmp web query-status         one QMP command
@@ -53,9 +57,25 @@ $XDG_RUNTIME_DIR/motorcade).
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is near to what was typed, and where to read on."""
+
+    def error(self, message: str) -> NoReturn:
+        """See ArgumentParser."""
+        if match := re.fullmatch(r"argument (?:COMMAND|ACTION): invalid choice: '(.*)' \(choose from (.*)\)", message):
+            import difflib
+
+            names = re.findall(r"'([^']+)'", match[2])
+            close = difflib.get_close_matches(match[1], names, 1)
+            hint = f"; did you mean {close[0]}?" if close else f" (there are: {', '.join(names)})"
+            message = f"there is no command {match[1]}{hint}"
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n{self.prog} --help says more\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    whole = argparse.ArgumentParser(
+    whole = _Parser(
         prog="vmmctl",
         description="Run virtual machines made of small processes.",
         epilog=_EPILOG,
@@ -64,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"vmmctl {__version__}")
     whole.add_argument("--debug", action="store_true", help="on an error, show where in the code it happened")
     commands = whole.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    daily = (up, snapshot, clone, template, save, restore, dump, down, ps, console, logs)
+    daily = (up, run, snapshot, clone, template, save, restore, dump, down, ps, console, logs)
     for module in (*daily, top, metrics, qmp, sidecar, schema, doctor, box, zygote):
         module.add_parser(commands)
     return whole
@@ -72,7 +92,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``vmmctl``; the exit status."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        parser().print_help(sys.stderr)
+        return EXIT_USAGE
+    if words[0] == "help":
+        words = [*words[1:], "--help"]
+    args = parser().parse_args(words)
     try:
         status: int = args.run(args)
         sys.stdout.flush()

@@ -67,6 +67,18 @@ class Source:
         self.document = document
         self.problems: list[Problem] = []
 
+    @property
+    def name(self) -> str:
+        """Where the machine is described, for people."""
+        return str(self.path.absolute())
+
+    another_name = "--name starts another from the same file"
+    """How to start a second one beside a VM that has the machine's name."""
+
+    def called(self, path: yamlpos.Path) -> str:
+        """What the value at ``path`` is to whoever wrote it."""
+        return field_name(path)
+
     def problem(self, path: yamlpos.Path, message: str) -> None:
         """Notes that the value at ``path`` is wrong."""
         at = self.document.position(path)
@@ -107,6 +119,14 @@ def load(path: str | os.PathLike[str], *, name: str | None = None, accel: str | 
             data["name"] = name
         if accel is not None:
             data["accel"] = accel
+    return complete(data, source, file.absolute().parent), source
+
+
+def complete(data: object, source: Source, folder: Path) -> Machine:
+    """The machine that ``data`` describes, whose places ``source`` knows; relative paths start at ``folder``.
+
+    Errors: ConfigError.
+    """
     try:
         machine = msgspec.convert(data, Machine, strict=True, dec_hook=decode)
     except msgspec.ValidationError as e:
@@ -115,8 +135,8 @@ def load(path: str | os.PathLike[str], *, name: str | None = None, accel: str | 
         raise ConfigError(source.problems) from None
     _check(machine, source)
     source.raise_problems()
-    _complete(machine, file.absolute().parent)
-    return machine, source
+    _complete(machine, folder)
+    return machine
 
 
 def machine_of_template(description: str, path: Path) -> tuple[Machine, Source]:
@@ -266,12 +286,12 @@ def _check_ids(machine: Machine, source: Source) -> None:
             )
         if part.id in first:
             source.problem((*path, "id"), f"'{part.id}' is already the id of {first[part.id]}")
-        first.setdefault(part.id, field_name(path))
+        first.setdefault(part.id, source.called(path))
         if isinstance(part, Net):
             mac = part.mac or stable_mac(machine.name, part.id)
             if mac in macs:
                 source.problem((*path, "mac"), f"{mac} is already the address of {macs[mac]}")
-            macs.setdefault(mac, field_name(path))
+            macs.setdefault(mac, source.called(path))
 
 
 def devices(machine: Machine) -> Iterator[tuple[yamlpos.Path, Disk | Net | Console | Kit]]:

@@ -24,13 +24,15 @@ _MAX_ORDER = 1 << 20  # bytes
 
 class Order(NamedTuple):
     """The VM that vmmctl wants. ``config``: the path of machine.yaml, for people. ``incoming``: it goes on from a
-    template."""
+    template. ``pidfile``, ``log_file``: absolute paths, or empty."""
 
     machine: Machine
     config: str
     accel: str
     paused: bool
     incoming: Incoming | None = None
+    pidfile: str = ""
+    log_file: str = ""
 
 
 def fork(shape: dict[str, Any] | None = None) -> tuple[int, socket.socket]:
@@ -133,6 +135,7 @@ def _order_decoder() -> msgspec.json.Decoder[Order]:
 
 def supervise(line: socket.socket, order: Order) -> int:
     """The VM's whole life. Returns the exit status."""
+    from motorcade.orchestrator.pidfile import PidFile
     from motorcade.orchestrator.rundir import RunDir
 
     machine = order.machine
@@ -142,13 +145,23 @@ def supervise(line: socket.socket, order: Order) -> int:
     except UserError as e:
         lifeline.send(line, event="failed", message=str(e), status=e.status)
         return e.status
-    start_log(run, machine.log_level)
+    try:
+        run.log_file = order.log_file
+        run.pidfile = PidFile(order.pidfile) if order.pidfile else None
+        start_log(run, machine.log_level)
+    except (UserError, OSError) as e:
+        run.release()
+        what = str(e) if isinstance(e, UserError) else f"log: {order.log_file or e.filename}: {e.strerror}"
+        lifeline.send(line, event="failed", message=what, status=EXIT_ERROR)
+        return EXIT_ERROR
     from motorcade.orchestrator.spawn import title
 
     title("supervisor", machine.name)
     if order.accel == "box":
         from motorcade.orchestrator.boxed import BoxedVm
 
+        if run.pidfile is not None:
+            run.pidfile.write(os.getpid())  # who stands for it out here
         return BoxedVm(machine, run, line, config=order.config, paused=order.paused, incoming=order.incoming).run()
     from motorcade.orchestrator.supervisor import Supervisor
 

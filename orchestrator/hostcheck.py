@@ -122,4 +122,4 @@ def _check_disk(
     taken = writers.get(key) or (readers.get(key) if writes else None)
     if taken:
         source.problem(at, f"the same image as {taken}, and one of them writes to it")
-    (writers if writes else readers).setdefault(key, f"disks[{i}]")
+    (writers if writes else readers).setdefault(key, source.called(("disks", i)))

@@ -164,6 +164,9 @@ class Machine(_Part, kw_only=True):
     memory_share: Annotated[
         bool, Meta(description="false: a machine that goes on from a state gets a copy of memory_file on demand.")
     ] = True
+    memory_prealloc: Annotated[
+        bool, Meta(description="Have the host set all of the RAM aside when a fresh machine starts.")
+    ] = False
     accel: Annotated[
         Literal["auto", "kvm", "box"],
         Meta(description="kvm: this host's; box: inside a small Linux with a complete KVM; auto: kvm where it can."),

@@ -139,6 +139,11 @@ class Resources:
             self.memory = self._own(opener(Path(machine.memory_file), size))
         else:
             self.memory = self._own(sealed_memfd("guest-memory", size) if ready is None else ready.memory)
+        if machine.memory_prealloc and self.incoming is None:
+            try:
+                os.posix_fallocate(self.memory, 0, size)
+            except OSError as e:
+                raise UserError(f"memory_prealloc: the host cannot set aside {size >> 20}M: {e.strerror}") from None
         self.everyone["memory"] = self.memory
         if self.lazy:
             device = lazymem.open_device() if ready is None else ready.userfaultfd

@@ -70,7 +70,8 @@ def read(path: str | os.PathLike[str]) -> Plan:
         raise UserError(f"{state}: {e}") from None
     except OSError as e:
         if isinstance(e, FileNotFoundError) and e.filename == str(state):
-            raise UserError(f"{folder}: not a template: there is no {state.name} in it") from None
+            what = f"not a template: there is no {state.name} in it" if folder.is_dir() else "no such directory"
+            raise UserError(f"{folder}: {what}") from None
         raise UserError(f"{e.filename or folder}: {e.strerror}") from None
     except UserError as e:
         text = str(e)

@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 
 from motorcade.orchestrator.errors import UserError
+from motorcade.orchestrator.pidfile import PidFile
 
 KEEP_ENDED = 20
 MAX_SOCKET_PATH = 107  # sockaddr_un.sun_path, less the NUL
@@ -74,6 +75,8 @@ class RunDir:
 
     path: Path
     lock_fd: int = field(repr=False)
+    log_file: str = ""  # instead of a log for each process, an absolute path
+    pidfile: PidFile | None = field(default=None, repr=False)
 
     @classmethod
     def acquire(cls, name: str, sockets: tuple[str, ...] = ()) -> RunDir:
@@ -146,7 +149,12 @@ class RunDir:
 
     def open_log(self, role: str) -> int:
         """The log of one process, for appending; the caller owns it."""
-        return os.open(self.path / "log" / f"{role}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        path = self.path / "log" / f"{role}.log"
+        if self.log_file:
+            path = self.path / "log" / "vm.log"  # where vmmctl logs looks; each line says whose it is
+            with contextlib.suppress(FileExistsError):
+                path.symlink_to(self.log_file)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     def _keep_record(self) -> None:
         ended = self.path.parent / _ENDED
@@ -163,6 +171,8 @@ class RunDir:
 
     def release(self) -> None:
         """Keeps the record if there is a state, removes the directory and lets go of the lock."""
+        if self.pidfile is not None:
+            self.pidfile.close()
         if (self.path / "state.json").exists():
             self._keep_record()
         # The lock's file goes last, and the lock itself after it: until then nobody else starts in here.

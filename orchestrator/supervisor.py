@@ -118,6 +118,8 @@ class Supervisor:
 
     def tell_started(self) -> None:
         """The processes are there, and the sockets listen."""
+        if self.run_dir.pidfile is not None and self.processes.core is not None:
+            self.run_dir.pidfile.write(self.processes.core.pid)
         self.write_state()
         console = self.console()
         path = str(self.run_dir.path / f"console-{console}.sock") if console else None

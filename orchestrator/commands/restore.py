@@ -36,6 +36,8 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--paused", action="store_true", help="do not run the CPUs yet")
     p.add_argument("--same-id", action="store_true", help="the guest keeps its VM generation ID")
     p.add_argument("--accel", choices=["auto", "kvm", "box"], help="instead of the saved machine's")
+    about = "the core's pid is in this file as long as the VM lives"
+    p.add_argument("--pidfile", metavar="FILE", type=Path, help=about)
     p.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
     p.set_defaults(run=run)
 

@@ -17,7 +17,7 @@ from motorcade.orchestrator.commands import (
 _EPILOG = """\
 examples:
   vmmctl sidecar ls web                   one line a device: what it does, what it costs, what waits for it
-  vmmctl sidecar stats web root --watch 1 requests, bytes, latencies, again every second
+  vmmctl sidecar stats web root --watch 1  requests, bytes, latencies, again every second
   vmmctl sidecar log web root -f          what it says
   vmmctl sidecar trace web root           what it does, as it happens
   vmmctl sidecar sandbox web root         what it may do, as the kernel has it

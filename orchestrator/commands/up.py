@@ -49,7 +49,6 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    about = "default: machine.yaml; -: standard input"
     about = "default: machine.yaml, or with --incoming file:DIR the template's own; -: standard input"
     p.add_argument("file", metavar="FILE", nargs="?", help=about)
     p.add_argument("-d", "--detach", action="store_true", help="return when the VM runs, leave it in the background")
@@ -61,6 +60,8 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--generation-id", type=bytes.fromhex, help=argparse.SUPPRESS)
     about = "of --incoming: overlays stay, as FOLDER/NAME-ID.overlay"
     p.add_argument("--keep-overlays", metavar="FOLDER", type=Path, help=about)
+    about = "the core's pid is in this file as long as the VM lives"
+    p.add_argument("--pidfile", metavar="FILE", type=Path, help=about)
     p.add_argument("--accel", choices=["auto", "kvm", "box"], help="instead of the file's accel:")
     # For the supervisor of a VM in the box: what happens, as JSON lines, instead of the console.
     p.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
@@ -102,21 +103,37 @@ def _start(
     source: Source,
     incoming: Incoming | None,
 ) -> int:
-    from motorcade.orchestrator import accel, daemon, hostcheck, rundir
     from motorcade.orchestrator.commands.foreground import Foreground, Reporter
+
+    pidfile = str(args.pidfile.absolute()) if args.pidfile else ""
+    launch(line, machine, source, incoming, paused=args.paused, pidfile=pidfile)
+    front = Reporter if args.report else Foreground
+    return front(machine.name, pid, line, detach=args.detach).run()
+
+
+def launch(
+    line: socket.socket,
+    machine: Machine,
+    source: Source,
+    incoming: Incoming | None,
+    *,
+    paused: bool,
+    pidfile: str = "",
+    log_file: str = "",
+) -> None:
+    """Gives the supervisor at the other end of ``line`` its VM. Paths are absolute. Errors: UserError."""
+    from motorcade.orchestrator import accel, daemon, hostcheck, rundir
 
     gc.freeze()
     gc.enable()
     hostcheck.check(machine, source, incoming)
     # A VM of that name is the more likely mistake, and quicker to see, than what follows.
     if (vm := rundir.find(machine.name)) is not None and vm.alive:
-        raise rundir.Running(f"{machine.name} is running already; --name starts another from the same file")
+        raise rundir.Running(f"{machine.name} is running already; {source.another_name}")
     chosen = accel.choose(machine.accel)
     if chosen.reason:
         tell(f"{chosen.reason}; running {machine.name} in the box (accel: kvm insists)")
-    daemon.start(line, daemon.Order(machine, str(source.path.absolute()), chosen.name, args.paused, incoming))
-    front = Reporter if args.report else Foreground
-    return front(machine.name, pid, line, detach=args.detach).run()
+    daemon.start(line, daemon.Order(machine, source.name, chosen.name, paused, incoming, pidfile, log_file))
 
 
 def _machine(args: argparse.Namespace) -> tuple[Machine, Source, Incoming | None]:
@@ -128,6 +145,9 @@ def _machine(args: argparse.Namespace) -> tuple[Machine, Source, Incoming | None
         raise UserError("--same-id and --keep-overlays go with --incoming", EXIT_USAGE)
     generation_id = b"" if args.same_id else args.generation_id or os.urandom(restore.GENERATION_ID)
     if not args.incoming or args.incoming == "defer":
+        if args.file is None and not os.path.lexists("machine.yaml"):
+            hint = "vmmctl up FILE names another, vmmctl run starts a VM without one"
+            raise UserError(f"there is no machine.yaml here: {hint}", EXIT_USAGE)
         machine, source = config.load(args.file or "machine.yaml", name=args.name, accel=args.accel)
         return machine, source, Incoming(generation_id=generation_id) if args.incoming else None
     plan = restore.read(restore.uri_path(args.incoming))

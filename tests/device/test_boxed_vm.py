@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,7 +49,11 @@ def test_a_linux_machine_in_the_box(host: Host, tmp_path: Path, record_property:
         memory="256M",
         accel="box",
         disks=[{"id": "data", "path": "data.img"}],
+        qmp=[f"unix:{host.run_dir}/q"],
     )
+    left = socket.socket(socket.AF_UNIX)  # by a VM that was killed
+    left.bind(f"{host.run_dir}/q")
+    left.close()
     assert "vmmctl console inside attaches" in host.vmmctl("up", "-d", str(file)).stdout
     agent = Agent.connect(host.run_dir / "inside" / "console-ttyS0.sock")
     try:
@@ -57,10 +62,12 @@ def test_a_linux_machine_in_the_box(host: Host, tmp_path: Path, record_property:
         agent.check("echo written in the box | dd of=/dev/vda conv=fsync 2>&1")
         # The write is on this host's file, not in the box's overlay.
         assert (tmp_path / "data.img").read_bytes().startswith(b"written in the box\n")
-        with QmpClient(host.run_dir / "inside" / "qmp.sock", timeout=60) as qmp:
-            assert qmp.execute("query-status")["status"] == "running"
+        for path in (host.run_dir / "inside" / "qmp.sock", host.run_dir / "q"):
+            with QmpClient(path, timeout=60) as qmp:
+                assert qmp.execute("query-status")["status"] == "running"
         assert json.loads(host.vmmctl("status", "--json", "inside").stdout)["accel"] == "box"
         host.vmmctl("down", "inside")
     finally:
         agent.close()
     assert host.names() == []
+    assert not (host.run_dir / "q").exists()

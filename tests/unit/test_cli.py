@@ -30,13 +30,14 @@ def host() -> Iterator[Host]:
 def test_help_and_version(host: Host) -> None:
     assert host.vmmctl("--version").stdout == f"vmmctl {__version__}\n"
     help_text = host.vmmctl("--help").stdout
-    for command in ("up", "down", "ps", "status", "console", "logs", "qmp", "sidecar", "schema", "doctor", "box"):
+    daily = ("up", "run", "down", "ps", "status", "console", "logs")
+    for command in (*daily, "qmp", "sidecar", "schema", "doctor", "box"):
         assert f"\n    {command} " in help_text
     assert "examples:" in help_text
     assert "exit status:" in help_text
 
 
-@pytest.mark.parametrize("command", ["up", "down", "qmp", "schema", "doctor"])
+@pytest.mark.parametrize("command", ["up", "run", "down", "qmp", "schema", "doctor"])
 def test_help_teaches(host: Host, command: str) -> None:
     text = host.vmmctl(command, "--help").stdout
     assert "exit status" in text or "example" in text or "editor" in text
@@ -50,8 +51,17 @@ def test_help_imports_nothing_slow() -> None:
     assert slow & set(done.stdout.split()) == set()
 
 
-def test_no_command(host: Host) -> None:
-    assert "COMMAND" in host.vmmctl(check=2).stderr
+def test_what_is_mistyped_is_told_with_what_is_near(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a newcomer who types nothing, or help, sees what there is."""
+    assert "commands:" in host.vmmctl(check=2).stderr
+    assert "--detach" in host.vmmctl("help", "up").stdout
+    said = "vmmctl: there is no command snapshto; did you mean snapshot?\nvmmctl --help says more\n"
+    assert host.vmmctl("snapshto", check=2).stderr.endswith(said)
+    monkeypatch.chdir(tmp_path)
+    assert host.vmmctl("up", check=2).stderr.startswith("vmmctl: there is no machine.yaml here: vmmctl up FILE")
+    assert host.vmmctl("clone", "no", check=1).stderr == f"vmmctl: {tmp_path}/no: no such directory\n"
 
 
 def test_errors_are_one_line(host: Host, tmp_path: Path) -> None:
