@@ -30,6 +30,8 @@ def problem(path: Path, size: int, *, needed: bool) -> str:
 
 
 def _problem(info: os.stat_result, path: Path, size: int, *, needed: bool) -> str:
+    if stat.S_ISDIR(info.st_mode):
+        return f"not a file but a folder: {path}; name one in it (it stays when the VM is gone)"
     if not stat.S_ISREG(info.st_mode):
         return f"not a file: {path}"
     if info.st_size != size and (needed or info.st_size):

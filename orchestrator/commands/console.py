@@ -8,6 +8,16 @@ from typing import Any
 from motorcade.orchestrator.commands.common import find_running
 from motorcade.orchestrator.errors import EXIT_NOT_FOUND, UserError
 
+_EPILOG = """\
+examples:
+  vmmctl console web                        the console of `vmmctl up`: its terminal, else ttyS0
+  vmmctl console web hvc0                   another
+  echo uptime | vmmctl console web          in a script; output goes on until the VM ends
+  vmmctl console web < /dev/null | grep -m1 login:
+
+MOTORCADE_LEAVE_KEY sets another key than Ctrl-] (^A, ~, none). exit status: 0; 3 no such VM or console.
+"""
+
 
 def add_parser(commands: Any) -> None:
     """Adds ``console``."""
@@ -15,9 +25,11 @@ def add_parser(commands: Any) -> None:
         "console",
         help="attach to a VM's console",
         description="Attach to a console of a running VM. What it said before is shown first. Ctrl-] leaves; the VM "
-        "goes on. With a pipe as input or output it works in scripts: echo uptime | vmmctl console web",
+        "goes on.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("name", metavar="NAME")
+    p.add_argument("name", metavar="NAME", help="a VM, as vmmctl ps shows it")
     p.add_argument("device", metavar="DEV", nargs="?", help="the console's id (default: the terminal, else ttyS0)")
     p.set_defaults(run=run)
 

@@ -11,6 +11,15 @@ from typing import Any
 from motorcade.orchestrator.commands.common import find
 from motorcade.orchestrator.errors import EXIT_NOT_FOUND, UserError
 
+_EPILOG = """\
+ROLE is supervisor, core, or KIND-ID of a sidecar such as blk-root; of a VM that logs to one file (vmmctl run -D) there
+is vm alone. Lines are JSON objects: time (UTC), level, role, message.
+
+examples:
+  vmmctl logs web                  all of them, also after its end
+  vmmctl logs web core -f          what the core says, until the VM ends
+"""
+
 
 def add_parser(commands: Any) -> None:
     """Adds ``logs``."""
@@ -19,9 +28,10 @@ def add_parser(commands: Any) -> None:
         help="show a VM's logs",
         description="Show the logs of a VM's processes, also after it has ended. The guest's own words are on its "
         "console, not here.",
-        epilog="ROLE is supervisor, core, or KIND-ID of a sidecar such as blk-root.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("name", metavar="NAME")
+    p.add_argument("name", metavar="NAME", help="a VM, as vmmctl ps shows it, also one that has ended")
     p.add_argument("role", metavar="ROLE", nargs="?", help="of one process only")
     p.add_argument("-f", "--follow", action="store_true", help="go on until the VM ends")
     p.set_defaults(run=run)

@@ -7,17 +7,29 @@ from typing import Any
 
 from motorcade.orchestrator.commands.common import ago, find, how_it_ended, size, table
 
+_EPILOG = """\
+STATUS: starting; incoming, waits for QMP's migrate-incoming; running, stopped CPUs or not (vmmctl qmp NAME query-status
+tells); stopping; killed, a VM whose supervisor was killed: `vmmctl down NAME` removes what is left. With -a: ended, and
+failed, which never ran. Each user sees the VMs in the own run directory ($MOTORCADE_RUN_DIR).
+"""
+
 
 def add_parser(commands: Any) -> None:
     """Adds ``ps`` and ``status``."""
-    ps = commands.add_parser("ps", help="list VMs", description="List this user's VMs.")
+    ps = commands.add_parser(
+        "ps",
+        help="list VMs",
+        description="List this user's VMs.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     ps.add_argument("-a", "--all", action="store_true", help="those that have ended, too")
     ps.add_argument("--json", action="store_true", help="for programs")
     ps.set_defaults(run=run_ps)
     status = commands.add_parser(
         "status", help="all about one VM", description="Show a VM's state, processes, devices and sockets."
     )
-    status.add_argument("name", metavar="NAME")
+    status.add_argument("name", metavar="NAME", help="a VM, as vmmctl ps shows it, also one that has ended")
     status.add_argument("--json", action="store_true", help="for programs")
     status.set_defaults(run=run_status)
 
