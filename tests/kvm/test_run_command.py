@@ -138,6 +138,22 @@ def test_stratovirts_way(host: Host, guest: Path, place: Path, tap: str) -> None
     assert host.state(name)["ended"]["reason"] == "guest-shutdown"
     assert not (place / "vm.pid").exists()
     assert sorted(p.name for p in place.iterdir()) == ["out", "rootfs.img", "template", "vm.log"]
+    # Its writes to be kept, or to a copy of the disk that is the user's own.
+    (place / "overlays").mkdir()
+    (place / "copy.img").write_bytes((place / "rootfs.img").read_bytes())
+    copied = [word.replace("file=rootfs.img", "file=copy.img") for word in line]
+    for words in (["run", "--keep-overlays", "overlays", *line[1:]], copied):
+        done = host.vmmctl(*words, "-incoming", "file:template", "-S")
+        assert "forgotten" not in done.stderr
+        with Raw(place / "vm.sock") as qmp:
+            assert qmp("query-status")["status"] == "paused"
+            [disk] = qmp("query-block")
+            file = "copy.img" if words is copied else f"{name}-rootfs.overlay"
+            assert disk["inserted"]["file"].endswith(file)
+            pids = host.live_pids(host.names()[0])
+            qmp("quit")
+        gone(pids)
+    assert [p.name for p in (place / "overlays").iterdir()] == [f"{name}-rootfs.overlay"]
 
 
 def kvm(guest: Path, *more: str, cmdline: str = CMDLINE) -> list[str]:
