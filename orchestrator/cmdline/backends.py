@@ -266,17 +266,20 @@ class Backends:
         if backend.kind == "file" and "path" not in keys:
             self.problems.add(backend.option, "path= is missing")
             return False
-        if backend.kind == "socket":
-            if "path" not in keys and "port" not in keys:
-                self.problems.add(backend.option, "path= (or host= and port=) is missing")
-                return False
-            if "server" not in keys:
-                self.problems.add(backend.option, "it listens, and does not connect; say server")
-                return False
-            if "wait" not in keys:
-                self.problems.add(backend.option, tables.NO_WAIT)
-                return False
+        if backend.kind == "socket" and "path" not in keys and "port" not in keys:
+            self.problems.add(backend.option, "path= (or host= and port=) is missing")
+            return False
         return True
+
+    def listens(self, backend: Backend) -> bool:
+        """Whether a socket is said to listen, and to hold nothing up. Others do not matter."""
+        if backend.kind == "socket" and not backend.keys.get("server"):
+            self.problems.add(backend.option, "it listens, and does not connect; say server")
+        elif backend.kind == "socket" and "wait" not in backend.keys:
+            self.problems.add(backend.option, tables.NO_WAIT)
+        else:
+            return True
+        return False
 
     def missing(self, option: Option, key: str, table: tables.Table) -> None:
         assert key in table

@@ -6,6 +6,7 @@ knows it by, or else the backend's.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from motorcade.orchestrator.cmdline.grammar import Option, Problems, unknown
 Path = tuple[str | int, ...]
 
 _FORWARD = re.compile(r"(?:(tcp|udp):)?([0-9.]*|\[[0-9a-fA-F:]+\])?:([0-9]+)-([^:]*):([0-9]+)")
+_VHOST_USER = {"vhost-user-fs-device": "fs", "vhost-user-blk-device": "blk"}
+_VHOST_USER_KEYS = {"tag": "tag", "num-request-queues": "queues", "num-queues": "queues", "queue-size": "queue_size"}
 TERMINAL = "terminal"
 
 
@@ -54,6 +57,8 @@ class Devices(Backends):
                 buses.append(str(keys.get("id", f"virtio-serial{len(buses)}")))
             elif driver == "virtconsole":
                 self._finish_console(option, keys, buses)
+            elif driver in _VHOST_USER:
+                self._finish_vhost_user(option, _VHOST_USER[driver], keys)
         for option, name in self.monitors:
             chardev = self.use(option, "chardev", name, self.chardevs)
             if chardev is not None:
@@ -146,6 +151,23 @@ class Devices(Backends):
             self.problems.add(option, "period= is nothing without max-bytes=")
         self._append("devices", kit, option)
 
+    def _finish_vhost_user(self, option: Option, kind: str, keys: dict[str, Any]) -> None:
+        chardev = self.use_key(option, "chardev", keys, self.chardevs)
+        if chardev is None:
+            return
+        if chardev.kind != "socket" or "path" not in chardev.keys:
+            self.problems.add(chardev.option, "a vhost-user backend is at a unix socket (socket, path=)")
+            return
+        if chardev.keys.get("server"):
+            self.problems.note(chardev.option, "the backend listens, and the VM connects")
+        kit = {"id": self._id(keys, kind, option), "kind": "vhost-user", "type": kind}
+        kit["socket"] = os.path.abspath(chardev.keys["path"])  # noqa: PTH100
+        kit |= {ours: keys[theirs] for theirs, ours in _VHOST_USER_KEYS.items() if theirs in keys}
+        if "reconnect" in chardev.keys:
+            kit["reconnect"] = chardev.keys["reconnect"]
+        at = self._append("devices", kit, option)
+        self.made.places[*at, "socket"] = str(chardev.option)
+
     def _finish_serial(self, *, nographic: bool, nodefaults: bool) -> None:
         """The serial port, which is there unless -serial none or -nodefaults say no."""
         if self.no_serial is not None and self.serial is not None and self.serial.value != "none":
@@ -179,6 +201,8 @@ class Devices(Backends):
             self._console(option, self._id(keys, chardev.keys["id"], option), "virtio", chardev)
 
     def _console(self, option: Option, name: str, kind: str, backend: Backend) -> None:
+        if not self.listens(backend):
+            return
         what: object = {"stdio": TERMINAL, "pty": "pty", "null": "none"}.get(backend.kind)
         if backend.kind == "socket":
             if "path" not in backend.keys:
@@ -201,6 +225,8 @@ class Devices(Backends):
             self.problems.add(
                 option, "QMP is spoken on sockets: unix:PATH,server,nowait or tcp:HOST:PORT,server,nowait"
             )
+        elif not self.listens(backend):
+            return
         elif "path" in keys:
             self._append("qmp", f"unix:{keys['path']}", option)
         else:

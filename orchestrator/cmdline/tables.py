@@ -225,9 +225,9 @@ _SOCKET: Table = {
     "path": text,
     "host": text,
     "port": number(0, 65535),
-    "server": is_on("it listens, and does not connect; say server"),
+    "server": flag,
     "wait": is_off(NO_WAIT),
-    "reconnect": only("0", why="it listens, and does not connect"),
+    "reconnect": number(0, 86400),  # of a vhost-user backend; one that listens has nothing to do with it
     "telnet": is_off("plain bytes only"),
     "ipv4": flag,
     "ipv6": flag,
@@ -273,6 +273,21 @@ RNG: Table = {
     "max-bytes": number(1),
     "period": number(1, 0xFFFFFFFF),
 }
+VHOST_USER_FS: Table = {
+    "id": text,
+    "chardev": text,
+    "tag": text,
+    "num-request-queues": number(1, 15),
+    "queue-size": number(2, 1024),
+}
+VHOST_USER_BLK: Table = {
+    "id": text,
+    "chardev": text,
+    "num-queues": number(1, 16),
+    "queue-size": number(2, 1024),
+    "bootindex": number(),
+    "config-wce": flag,  # the backend's to offer
+}
 SERIAL_BUS: Table = {"id": text, "max_ports": number(1, 31)}
 VIRTCONSOLE: Table = {"id": text, "chardev": text, "bus": text, "nr": number(0, 30), "name": text}
 
@@ -280,8 +295,6 @@ _NOT_HERE = {
     "virtserialport": "there are consoles only: virtconsole",
     "virtio-balloon-device": "there is no balloon yet",
     "vhost-vsock-device": "there is no vsock",
-    "vhost-user-fs-device": "there is no vhost-user",
-    "vhost-user-blk-device": "there is no vhost-user",
     "virtio-9p-device": "there are no shared folders",
     "virtio-scsi-device": "disks are virtio-blk-device",
     "scsi-hd": "disks are virtio-blk-device",
@@ -303,6 +316,8 @@ _PLAIN = {
     "virtio-rng-device": RNG,
     "virtio-serial-device": SERIAL_BUS,
     "virtconsole": VIRTCONSOLE,
+    "vhost-user-fs-device": VHOST_USER_FS,
+    "vhost-user-blk-device": VHOST_USER_BLK,
 }
 DEVICES: dict[str, Table | str] = {
     **_PLAIN,

@@ -212,6 +212,13 @@ def test_qemus_microvm() -> None:
         ("-device virtio-rng-device", {"devices": [{"id": "rng", "kind": "rng"}]}),
         ("-object rng-random,id=r,filename=/dev/urandom -device virtio-rng-device,rng=r,max-bytes=1024,period=1000",
          {"devices": [{"id": "rng", "kind": "rng", "rate": 1024}]}),
+        ("-chardev socket,id=f,path=/run/fs.sock -device vhost-user-fs-device,chardev=f,tag=shared,queue-size=1024 "
+         "-chardev socket,id=b,path=/b,reconnect=5 -device vhost-user-blk-device,chardev=b,num-queues=2,id=disk1",
+         {"devices": [
+             {"id": "fs", "kind": "vhost-user", "type": "fs", "socket": "/run/fs.sock", "tag": "shared",
+              "queue_size": 1024},
+             {"id": "disk1", "kind": "vhost-user", "type": "blk", "socket": "/b", "queues": 2,
+              "reconnect": 5}]}),
         ("-mem-path /dev/shm/x -mem-prealloc", {"memory_file": "/dev/shm/x", "memory_prealloc": True}),
         ("-object memory-backend-file,id=m,mem-path=/x,size=256M,share=on -machine microvm,memory-backend=m",
          {"memory_file": "/x"}),
@@ -340,6 +347,8 @@ def test_what_is_worth_a_word(line: str, note: str) -> None:
          "-device virtconsole,chardev=c: no -device virtio-serial-device comes before it"),
         ("-chardev spicevmc,id=c", "-chardev spicevmc,id=c: spicevmc: there are stdio, pty, socket, file and null"),
         ("-chardev file,id=c", "-chardev file,id=c: path= is missing"),
+        ("-chardev pty,id=c -device vhost-user-fs-device,chardev=c,tag=t",
+         "-chardev pty,id=c: a vhost-user backend is at a unix socket (socket, path=)"),
         ("-qmp stdio", "-qmp stdio: QMP is spoken on sockets: unix:PATH,server,nowait or tcp:HOST:PORT,server,nowait"),
         ("-monitor stdio", "-monitor stdio: there is no human monitor; -qmp, or QMP's human-monitor-command"),
         ("-device virtio-rng-device,rng=r", "-device virtio-rng-device,rng=r: rng=r: there is no -object rng-random of "
@@ -386,6 +395,8 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
         ("-device virtio-net-device,mac=52:54:00:00:00:01 -device virtio-net-device,mac=52:54:00:00:00:01,id=b",
          "-device virtio-net-device,mac=52:54:00:00:00:01,id=b: mac: 52:54:00:00:00:01 is already the address of "
          "-device virtio-net-device,mac=52:54:00:00:00:01"),
+        ("-chardev socket,id=c,path=/c -device vhost-user-fs-device,chardev=c",
+         "-device vhost-user-fs-device,chardev=c: what the guest is to mount is missing (tag)"),
         ("-name a/b", "-name a/b: 'a/b': letters, digits, - _ and . only, at most 31, the first a letter or digit"),
         ("-uuid 5", "-uuid 5: '5' is not a UUID"),
         ("-device virtio-net-device,mac=01:00:00:00:00:00",
