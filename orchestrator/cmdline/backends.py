@@ -60,6 +60,9 @@ class Backends:
             self.missing(option, "file", tables.DRIVE)
             return
         if keys.get("if") == "virtio":
+            before = sum(driver == "virtio-blk-device" for _, driver, _ in self.devices)
+            if keys.get("index", before) != before:
+                self.problems.add(option, f"index={keys['index']}: disks are in the order of the command line")
             name = keys.setdefault("id", f"virtio{len(self.drives)}")
             self.devices.append((option, "virtio-blk-device", {"drive": name}))
         if "id" not in keys:

@@ -196,6 +196,11 @@ class Devices(Backends):
             self.problems.add(
                 option, f"bus={bus}: " + unknown(bus, [f"{b}.0" for b in buses], "no such virtio-serial-device")
             )
+        before = sum(console["type"] == "virtio" for console in self.made.data.get("consoles", []))
+        if keys.get("nr", before) != before:
+            self.problems.add(
+                option, f"nr={keys['nr']}: consoles are in the order of the command line, this is hvc{before}"
+            )
         chardev = self.use_key(option, "chardev", keys, self.chardevs)
         if chardev is not None:
             self._console(option, self._id(keys, chardev.keys["id"], option), "virtio", chardev)

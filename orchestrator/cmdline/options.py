@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from motorcade.orchestrator.cmdline.grammar import Check, flag, only, refused, text
+from motorcade.orchestrator.cmdline.grammar import Check, flag, noted, only, refused, text
 from motorcade.orchestrator.cmdline.tables import (
     ACCEL,
     ACTION,
@@ -15,6 +15,7 @@ from motorcade.orchestrator.cmdline.tables import (
     MEMORY,
     MON,
     NAME,
+    NO_ACPI,
     OVERCOMMIT,
     RTC,
     SANDBOX,
@@ -98,7 +99,7 @@ OPTIONS: dict[str, Spec] = {
     "parallel": _none("there is no parallel port"),
     # What is not to be had.
     "no-shutdown": Spec(argument=False, check=refused("a guest that powers off ends its VM")),
-    "no-acpi": Spec(argument=False, check=refused("ACPI tables are there; acpi=off in -append has the guest not look")),
+    "no-acpi": Spec(argument=False, check=noted(flag, NO_ACPI)),
     "snapshot": Spec(argument=False, check=refused("an overlay is what that is here (--print-yaml, overlay: PATH)")),
     "usb": Spec(argument=False, check=refused("there is no USB")),
     "s": Spec(argument=False, check=refused("there is no gdb stub")),

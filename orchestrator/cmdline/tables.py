@@ -28,6 +28,7 @@ from motorcade.orchestrator.cmdline.grammar import (
 Table = Mapping[str, Check]
 
 NO_PCI = "there is no PCI, a microvm has virtio-mmio: "
+NO_ACPI = "ACPI tables are there; acpi=off in -append has the guest not look"
 NO_WAIT = "nothing waits for a client here; say nowait (or wait=off)"
 OWN_PROCESS = "every device has a process of its own; iothreads change nothing"
 
@@ -47,7 +48,7 @@ MACHINE: Table = {
     "memory-backend": text,
     "kernel-irqchip": only("on", "true", why="the interrupt controllers are the kernel's"),
     "isa-serial": flag,
-    "acpi": noted(flag, "ACPI tables are there; acpi=off in -append has the guest not look", when=False),
+    "acpi": noted(flag, NO_ACPI, when=False),
     "rtc": noted(choice({"on": True, "auto": True, "off": False}), "the RTC is there, and harmless", when=False),
     "pit": noted(choice({"on": True, "auto": True, "off": False}), "the PIT is there, and harmless", when=False),
     "pic": noted(choice({"on": True, "auto": True, "off": False}), "the PIC is there, and harmless", when=False),
@@ -129,7 +130,7 @@ DRIVE: Table = {
     ),
     "format": only("raw", why="images are raw (qemu-img convert -O raw); an overlay may lie over one (vmmctl up)"),
     "media": only("disk", why="there are only disks"),
-    "index": number(),  # devices are in the order of the command line, which is that of index where it matters
+    "index": number(),  # of if=virtio alone
     "readonly": flag,
     "read-only": flag,
     "direct": flag,
@@ -289,7 +290,8 @@ VHOST_USER_BLK: Table = {
     "config-wce": flag,  # the backend's to offer
 }
 SERIAL_BUS: Table = {"id": text, "max_ports": number(1, 31)}
-VIRTCONSOLE: Table = {"id": text, "chardev": text, "bus": text, "nr": number(0, 30), "name": text}
+VIRTCONSOLE: Table = {"id": text, "chardev": text, "bus": text, "nr": number(0, 30),
+                      "name": noted(text, "ports have no names: the n-th console is hvcN")}  # fmt: skip
 
 _NOT_HERE = {
     "virtserialport": "there are consoles only: virtconsole",

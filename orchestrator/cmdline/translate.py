@@ -14,7 +14,7 @@ from typing import Any
 
 from motorcade.orchestrator.cmdline import grammar, options
 from motorcade.orchestrator.cmdline.devices import Devices
-from motorcade.orchestrator.cmdline.grammar import Option, Problems, Wrong
+from motorcade.orchestrator.cmdline.grammar import Note, Option, Problems, Wrong
 from motorcade.orchestrator.errors import EXIT_USAGE, UserError
 
 Path = tuple[str | int, ...]
@@ -83,6 +83,9 @@ def split(words: Sequence[str], problems: Problems) -> list[Option]:
         try:
             if spec.table is None:
                 spec.check(value if value is not None else "on")
+            found.append(option)
+        except Note as e:
+            problems.note(option, str(e))
             found.append(option)
         except Wrong as e:
             problems.add(option, str(e))

@@ -261,6 +261,7 @@ def test_a_name_of_its_own() -> None:
         ("-object memory-backend-ram,id=m,size=1M",
          "-object memory-backend-ram,id=m,size=1M: nobody uses it (-machine memory-backend=ID)"),
         ("-smp 4,sockets=1,cores=4", "-smp 4,sockets=1,cores=4: sockets=1: the guest is not told about the topology"),
+        ("-no-acpi", f"-no-acpi: {tables.NO_ACPI}"),
         ("-sandbox off", "-sandbox off: the processes are always sandboxed"),
         ("-netdev tap,id=t,ifname=t,vhost=on -device virtio-net-device,netdev=t",
          "-netdev tap,id=t,ifname=t,vhost=on: vhost=on: a process of its own moves the packets, and not vhost-net"),
@@ -349,6 +350,10 @@ def test_what_is_worth_a_word(line: str, note: str) -> None:
         ("-chardev file,id=c", "-chardev file,id=c: path= is missing"),
         ("-chardev pty,id=c -device vhost-user-fs-device,chardev=c,tag=t",
          "-chardev pty,id=c: a vhost-user backend is at a unix socket (socket, path=)"),
+        ("-chardev pty,id=c -device virtio-serial-device -device virtconsole,chardev=c,nr=1",
+         "-device virtconsole,chardev=c,nr=1: nr=1: consoles are in the order of the command line, this is hvc0"),
+        ("-drive if=virtio,file=/a,index=1",
+         "-drive if=virtio,file=/a,index=1: index=1: disks are in the order of the command line"),
         ("-qmp stdio", "-qmp stdio: QMP is spoken on sockets: unix:PATH,server,nowait or tcp:HOST:PORT,server,nowait"),
         ("-monitor stdio", "-monitor stdio: there is no human monitor; -qmp, or QMP's human-monitor-command"),
         ("-device virtio-rng-device,rng=r", "-device virtio-rng-device,rng=r: rng=r: there is no -object rng-random of "
