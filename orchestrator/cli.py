@@ -84,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"vmmctl {__version__}")
     whole.add_argument("--debug", action="store_true", help="on an error, show where in the code it happened")
     commands = whole.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    daily = (up, run, snapshot, clone, template, save, restore, dump, down, ps, console, logs)
+    run.add_parser(commands)
+    daily = (up, snapshot, clone, template, save, restore, dump, down, ps, console, logs)
     for module in (*daily, top, metrics, qmp, sidecar, schema, doctor, box, zygote):
         module.add_parser(commands)
     return whole
