@@ -14,6 +14,7 @@ from motorcade.orchestrator import cli, config
 from motorcade.orchestrator.cmdline import source, translate
 from motorcade.orchestrator.commands import run
 
+PARSER = cli.parser()
 REPO = Path(__file__).resolve().parents[2]
 PAGES = [REPO / "README.md", *sorted(p for p in (REPO / "docs").glob("*.md") if p.name != "internals.md")]
 # Up to what ends a command: a word of explanation two spaces further, a comment, another command.
@@ -42,7 +43,7 @@ def lines(page: Path) -> Iterator[str]:
 
 def examples() -> Iterator[tuple[str, str]]:
     """Those of every command's --help."""
-    [commands] = [action for action in cli.parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    [commands] = [action for action in PARSER._actions if isinstance(action, argparse._SubParsersAction)]
     for command, parser in sorted(commands.choices.items()):
         for line in joined(parser.epilog or "").splitlines():
             if line.startswith("  vmmctl "):
@@ -68,7 +69,7 @@ def test_every_command_shown_is_one(page: str, line: str, capsys: pytest.Capture
     options = [word for word in words if word.startswith("--")]
     mention = len(names) <= 2 and len(names) + len(options) == len(words)
     try:
-        args = cli.parser().parse_args([*names, "--help"] if mention else words)
+        args = PARSER.parse_args([*names, "--help"] if mention else words)
     except SystemExit as e:
         said = capsys.readouterr()
         assert e.code == 0, f"{page}: {line}: {said.err}"
