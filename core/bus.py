@@ -20,27 +20,35 @@ class BusDevice(Protocol):
 
 
 class Bus:
-    """An address space (MMIO or ports) of non-overlapping device ranges, fixed before the vCPUs run."""
+    """An address space (MMIO or ports) of non-overlapping device ranges. They may change while vCPUs look things up:
+    what is looked up in is replaced as a whole."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._bases: list[int] = []
-        self._ranges: list[tuple[int, int, BusDevice]] = []
+        self._map: tuple[list[int], list[tuple[int, int, BusDevice]]] = ([], [])  # bases; base, size, device
 
     def add(self, base: int, size: int, device: BusDevice) -> None:
         """Gives ``device`` the addresses ``base`` to ``base + size``; ValueError where they are taken."""
-        at = bisect.bisect(self._bases, base)
-        before_ok = at == 0 or self._ranges[at - 1][0] + self._ranges[at - 1][1] <= base
-        if not before_ok or (at < len(self._bases) and base + size > self._bases[at]):
+        bases, ranges = self._map
+        at = bisect.bisect(bases, base)
+        before_ok = at == 0 or ranges[at - 1][0] + ranges[at - 1][1] <= base
+        if not before_ok or (at < len(bases) and base + size > bases[at]):
             raise ValueError(f"{self._name} range {base:#x}+{size:#x} overlaps another")
-        self._bases.insert(at, base)
-        self._ranges.insert(at, (base, size, device))
+        self._map = ([*bases[:at], base, *bases[at:]], [*ranges[:at], (base, size, device), *ranges[at:]])
+
+    def remove(self, base: int) -> None:
+        """Nobody answers any more where ``add`` put a device. KeyError. A vCPU may be in its last call to it."""
+        ranges = [r for r in self._map[1] if r[0] != base]
+        if len(ranges) == len(self._map[1]):
+            raise KeyError(base)
+        self._map = ([r[0] for r in ranges], ranges)
 
     def _find(self, address: int, size: int) -> tuple[int, BusDevice] | None:
-        at = bisect.bisect(self._bases, address) - 1
+        bases, ranges = self._map
+        at = bisect.bisect(bases, address) - 1
         if at < 0:
             return None
-        base, length, device = self._ranges[at]
+        base, length, device = ranges[at]
         if address + size > base + length:
             return None
         return address - base, device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
+from motorcade.core.hotplug import is_held
 from motorcade.core.platform import NO_SLOT, PAGER, Platform
 from motorcade.core.qmp import machine as qmp
 from motorcade.proto import messages
@@ -12,7 +13,8 @@ from motorcade.proto import messages
 
 def block_devices(platform: Platform) -> Sequence[qmp.BlockDevice]:
     """The disks in slot order."""
-    return [_block_device(platform, slot) for slot in platform.slots if slot.kind == "blk"]
+    disks = [slot for slot in platform.slots if slot.kind == "blk" and not is_held(slot.device_id)]
+    return [_block_device(platform, slot) for slot in sorted(disks, key=lambda slot: slot.index)]
 
 
 def _block_device(platform: Platform, slot: messages.Slot) -> qmp.BlockDevice:

@@ -120,6 +120,12 @@ class InterruptStatus:
         if self.pointer == ffi.NULL:
             raise ValueError(f"InterruptStatus cannot be mapped: {_map_error()}")
 
+    def replace(self, fd: int) -> None:
+        """Goes on with the page of another ``fd``, the caller's, while vCPUs may read it. ValueError as at first."""
+        error = lib.mc_isr_replace(self.pointer, fd)
+        if error:
+            raise ValueError(f"InterruptStatus cannot be mapped: {os.strerror(-error)}")
+
     def set(self, bits: int) -> None:
         """ORs bits in; write the call eventfd afterwards."""
         lib.mc_isr_raise(self.pointer, bits)
@@ -155,7 +161,7 @@ class Vm:
         self._memory = memory
         self.fd = call("KVM_CREATE_VM", kvm.fd, lib.KVM_CREATE_VM)
         self._pit = pit
-        self._isrs: list[InterruptStatus] = []
+        self._isrs: dict[int, InterruptStatus] = {}  # by slot
         self._dirty_bits: list[Any] = []
         self.platform = ffi.new("struct mc_platform *", {"uart_port": UART_PORT, "mmio_base": VIRTIO_MMIO_BASE})
         try:
@@ -192,7 +198,7 @@ class Vm:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-        for isr in self._isrs:
+        for isr in self._isrs.values():
             isr.unmap()
         self._isrs.clear()
 
@@ -231,10 +237,13 @@ class Vm:
     def map_isr(self, slot: int, fd: int) -> InterruptStatus:
         """Has the C exit loop answer InterruptStatus and InterruptACK of a virtio-mmio slot from this page.
 
-        ``fd``: a memfd of ``struct mc_isr``, the caller's. The mapping lives as long as the VM.
+        ``fd``: a memfd of ``struct mc_isr``, the caller's. The mapping lives as long as the VM, since a vCPU may be
+        about to use it at any time: a slot that is filled again has its new page at the same address.
         """
-        isr = InterruptStatus(fd)
-        self._isrs.append(isr)
+        if (isr := self._isrs.get(slot)) is not None:
+            isr.replace(fd)
+            return isr
+        isr = self._isrs[slot] = InterruptStatus(fd)
         check(f"virtio-mmio slot {slot}", lib.mc_platform_set_isr(self.platform, slot, isr.pointer))
         return isr
 

@@ -7,6 +7,10 @@ VIRTIO_MMIO_STRIDE = 0x1000
 VIRTIO_MMIO_SIZE = 0x200  # bytes that a slot answers (virtio 1.2, 4.2.2: registers, then configuration space)
 VIRTIO_MMIO_SLOTS = 48  # disks from 0, NICs from 16, virtio consoles from 32, devices of the kit's kinds from 40
 
+HOTPLUG_SLOTS = range(32)  # those of disks and NICs: the tables describe them whether something is in them or not
+FIRST_SLOT = {"blk": 0, "net": 16}  # of the hot-pluggable kinds
+SLOTS_A_KIND = 16
+
 UART_PORT, UART_GSI = 0x3F8, 4
 RTC_PORT, RTC_GSI = 0x70, 8
 GED_GSI = 9

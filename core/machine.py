@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from motorcade.core import inventory
 from motorcade.core.boot.error import BootError
 from motorcade.core.debugging import Debugger
+from motorcade.core.hotplug import Hotplug
 from motorcade.core.incoming import Incoming
 from motorcade.core.kvm import Vm
 from motorcade.core.life import LifeLink
@@ -78,6 +79,8 @@ class Machine:
 
         self.watching = Watching(self._platform, fds, self._why_not_now)
         self.debugger = Debugger(self._platform, self._still)
+        self.hotplug = Hotplug(self._platform, self._life, server, self)
+        self._platform.on_device_reset = self.hotplug.driver_let_go
         self._incoming = Incoming(self._platform, self._life, self, deferred=self._role.defer)
         server.handler = self._on_message
         server.tap = tap.Tap(fds.get("watch"))
@@ -149,9 +152,11 @@ class Machine:
     def _on_message(self, device_id: str, message: messages.Message) -> None:
         link, device, body = self._platform.links[device_id], self._platform.devices.get(device_id), message.body
         if isinstance(body, messages.Hello):
+            identity = Identity(body.virtio_type, body.features, tuple(body.queue_sizes), body.config)
             if device is not None:
-                device.plug(Identity(body.virtio_type, body.features, tuple(body.queue_sizes), body.config))
+                device.plug(identity)
             link.hello(whole_memory=body.whole_memory)
+            self.hotplug.said_hello(device_id, identity)
             self._server.answer(device_id, message.id, messages.Welcome(versions.PROTOCOL_VERSION))
             self._look_for_hellos()
         elif device is None:
@@ -200,6 +205,8 @@ class Machine:
             link.replaced(pid)
 
     def _sidecar_died(self, device_id: str, reason: str) -> None:
+        if self.hotplug.died(device_id, reason):
+            return
         link = self._platform.links[device_id]
         if link.state is LinkState.GONE:
             return
@@ -259,7 +266,8 @@ class Machine:
             self._end(0, "guest-reset", guest=True)
         elif self._state is not qmp.RunState.SHUTDOWN:
             why = SnapshotError("the guest reset the machine")
-            self._snapshots.abort(why, lambda: self._loop.call_soon(self._reset_by_guest))
+            reset = lambda: self._loop.call_soon(self._reset_by_guest)  # noqa: E731
+            self._snapshots.abort(why, lambda: self.hotplug.when_idle(reset))
 
     def _reset_by_guest(self) -> None:
         if self._state is qmp.RunState.SHUTDOWN:
@@ -322,6 +330,7 @@ class Machine:
             self._end(FAILED, "internal-error", f"the kernel cannot be loaded again: {e}")
             return
         self._platform.vcpus.reset(entry)
+        self.hotplug.machine_reset()
         self._leaving, self._over = False, None
         self.on_event("RESET", {"guest": guest, "reason": reason})
         if self._state is qmp.RunState.RUNNING:
@@ -351,6 +360,22 @@ class Machine:
         if not everyone_gone:
             log.error("sidecars that did not end: %s", [x.device_id for x in links if x.state is not LinkState.GONE])
         self._loop.stop()
+
+    # hotplug.Owner.
+
+    def deny_hotplug(self) -> str | None:
+        """See hotplug.Owner, as below."""
+        if not self._announced or self._state is qmp.RunState.SHUTDOWN:
+            return "the machine is starting, or ending"
+        if self._snapshots.busy or self._incoming.busy:
+            return "a snapshot is being taken; its end is to be waited for (query-migrate)"
+        if self._dormant or self._resting:
+            return "the machine was restored, or saved, and has not run since; cont first"
+        return None
+
+    def go_on(self) -> None:
+        if self._state is qmp.RunState.RUNNING and not self._held:
+            self._go()
 
     # coordinator.Owner.
 
@@ -451,6 +476,8 @@ class Machine:
         self._started()
         if self._snapshots.busy:
             raise QmpError("a snapshot is being taken; end it by migrate_cancel, or wait for its end (query-migrate)")
+        if self.hotplug.busy:
+            raise QmpError("a device is being added or removed; wait for its end")
         if self._platform.firmware.kernel is None:
             raise QmpError("this machine was restored without its kernel image, which a reset needs")
         self._reset(reason, guest=False)
@@ -480,6 +507,8 @@ class Machine:
         self._started()
         if self._incoming.busy:
             raise QmpError("a state of devices is being loaded")
+        if self.hotplug.busy:
+            raise QmpError("a device is being added or removed; wait for its end")
         try:
             self._snapshots.start(plan, then)
         except SnapshotError as e:
@@ -489,6 +518,8 @@ class Machine:
         self._incoming.migrate(uri, given, done)
 
     def load_devices(self, uri: str, given: int, done: Callable[[QmpError | None], None]) -> None:
+        if self.hotplug.busy:
+            raise QmpError("a device is being added or removed; wait for its end")
         if self._snapshots.busy:
             raise QmpError("a snapshot is being taken; its end is to be waited for (query-migrate)")
         self._incoming.load(uri, given, done)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from motorcade.core.boot.loader import load
 from motorcade.core.bus import Bus
 from motorcade.core.clock import Clock
 from motorcade.core.kvm import Kvm, Vm
-from motorcade.core.layout import RTC_PORT, VIRTIO_MMIO_SIZE, slot_gsi
+from motorcade.core.layout import HOTPLUG_SLOTS, RTC_PORT, VIRTIO_MMIO_SIZE, slot_address, slot_gsi
 from motorcade.core.link import LinkState, SidecarLink
 from motorcade.core.loop import Loop
 from motorcade.core.rtc import Rtc
@@ -27,8 +27,8 @@ from motorcade.core.slots import Slot
 from motorcade.core.task import Future
 from motorcade.core.uart import Uart
 from motorcade.core.vcpu import StopReason, Vcpus
-from motorcade.core.virtio import Device
-from motorcade.core.virtio_mmio import VirtioMmio
+from motorcade.core.virtio import Device, Identity
+from motorcade.core.virtio_mmio import EmptySlot, VirtioMmio
 from motorcade.proto import messages
 from motorcade.proto.framing import ControlServer
 from motorcade.proto.memory import GuestMemory
@@ -83,20 +83,26 @@ class Platform:
         """Uses ``fds`` (by label), which it does not own and which must outlive it. ``vm``: made of ``memory``."""
         assert isinstance(boot.role, messages.CoreBoot)
         role = boot.role
-        self.memory, self.slots, self.loop, self._fds = memory, role.devices, loop, fds
+        self.memory, self.slots, self.loop, self._fds = memory, list(role.devices), loop, fds
         self.firmware = Firmware(fds.get("kernel"), role.kernel_path, fds.get("initrd"), role.initrd_path, role.cmdline)
         self.vm = vm if vm is not None else Vm(Kvm(fds["kvm"]), memory)
         self.kvm = self.vm.kvm
         self._mmio, self._pio = Bus("MMIO"), Bus("port")
+        for n in HOTPLUG_SLOTS:
+            self._mmio.add(slot_address(n), VIRTIO_MMIO_SIZE, EmptySlot())
         self.links: dict[str, SidecarLink] = {}
         self.devices: dict[str, Device] = {}
+        self._wirings: dict[int, tuple[Slot, list[int]]] = {}  # by slot; with descriptors that are ours to close
+        self.on_device_reset: Callable[[str], None] = lambda _id: None
         for slot in self.slots:
             self.links[slot.device_id] = SidecarLink(
                 slot.device_id, slot.kind, slot.pid, loop, server, guest.kill_sidecar
             )
             server.expect(slot.device_id, slot.pid)
             if slot.index != NO_SLOT:
-                self._add_virtio(slot)
+                name = slot.device_id
+                labels = [*(f"kick.{name}.{n}" for n in range(slot.queues)), f"call.{name}.0", f"isr.{name}"]
+                self._add_virtio(slot, [fds[label] for label in labels])
         self.uart_id = role.uart
         self._uart_polled = False
         self.uart = Uart(self.vm) if role.uart else None
@@ -118,15 +124,10 @@ class Platform:
         )
         self.clock = Clock(self.vm, self.vcpus.vcpus)
 
-    def _add_virtio(self, slot: messages.Slot) -> None:
-        fds, name = self._fds, slot.device_id
-        wiring = Slot(
-            self.vm,
-            slot.index,
-            [fds[f"kick.{name}.{n}"] for n in range(slot.queues)],
-            fds[f"call.{name}.0"],
-            fds[f"isr.{name}"],
-        )
+    def _add_virtio(self, slot: messages.Slot, fds: list[int]) -> Device:
+        """``fds``: its kicks, its call, its InterruptStatus; taken."""
+        name, (*kicks, call, isr) = slot.device_id, fds
+        wiring = Slot(self.vm, slot.index, kicks, call, isr)
         device = Device(
             name,
             self.links[name],
@@ -134,8 +135,42 @@ class Platform:
             wiring.set_doorbells,
             lambda reason: log.warning("%s: DEVICE_NEEDS_RESET: %s", name, reason),
         )
+        device.on_reset = lambda device_id: self.on_device_reset(device_id)
         self.devices[name] = device
+        self._wirings[slot.index] = (wiring, fds)
+        if slot.index in HOTPLUG_SLOTS:
+            self._mmio.remove(wiring.address)
         self._mmio.add(wiring.address, VIRTIO_MMIO_SIZE, VirtioMmio(device))
+        return device
+
+    # Devices that come and go (hotplug.py); the vCPUs are parked.
+
+    def slot_of(self, device_id: str) -> messages.Slot:
+        """What the supervisor said of a device. StopIteration where there is none."""
+        return next(slot for slot in self.slots if slot.device_id == device_id)
+
+    def fill_slot(self, slot: messages.Slot, fds: Mapping[str, int], identity: Identity) -> None:
+        """A device whose sidecar is there, in a slot that is empty. ``fds``: kick.0 and on, call.0, isr; taken."""
+        labels = [*(f"kick.{n}" for n in range(slot.queues)), "call.0", "isr"]
+        self._add_virtio(slot, [fds[label] for label in labels]).plug(identity)
+
+    def empty_slot(self, device_id: str) -> None:
+        """Takes away a device, whose driver has let go; its sidecar stays."""
+        del self.devices[device_id]
+        wiring, fds = self._wirings.pop(self.slot_of(device_id).index)
+        self._mmio.remove(wiring.address)
+        self._mmio.add(wiring.address, VIRTIO_MMIO_SIZE, EmptySlot())
+        wiring.close()
+        for fd in fds:
+            os.close(fd)
+
+    def rename_device(self, old: str, new: str) -> None:
+        """The device in a slot goes on under another id."""
+        self.devices[new] = self.devices.pop(old)
+
+    def write_present_slots(self, slots: Iterable[int]) -> None:
+        """Says in memory which slots have devices; the guest is not told."""
+        self.memory.write(ACPI_TABLES + tables.PRESENT_SLOTS, tables.present_slots(slots))
 
     def _pulse(self, gsi: int) -> None:
         self.vm.irq_line(gsi, True)
@@ -194,7 +229,7 @@ class Platform:
         firmware = self.firmware
         if firmware.kernel is None:
             raise BootError("this machine was restored from a template, and its kernel image is not there")
-        slots = [(s.index, slot_gsi(s.index)) for s in self.slots if s.index != NO_SLOT]
+        slots = [(s.index, slot_gsi(s.index)) for s in self.slots if s.index != NO_SLOT and s.device_id[0] != "~"]
         rsdp = tables.build(self.memory.write, ACPI_TABLES, len(self.vcpus.vcpus), slots, self.uart is not None)
         self.write_generation_id(os.urandom(16))
         return load(

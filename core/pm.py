@@ -26,6 +26,8 @@ RESET = 0x6  # 1 byte: RESET_VALUE resets the machine
 
 EVENT_POWER_BUTTON = 1 << 0
 EVENT_GENERATION = 1 << 1  # the VM generation ID has changed
+EVENT_SLOTS = 1 << 2  # a device has come to a virtio-mmio slot, or gone from one: tables.PRESENT_SLOTS
+_EVENTS = EVENT_POWER_BUTTON | EVENT_GENERATION | EVENT_SLOTS
 RESET_VALUE = 0x42
 SLEEP_TYPE_S5 = 5  # what \_S5 says
 
@@ -85,6 +87,10 @@ class PmDevice:
         """Says that the VM generation ID in memory is another one. Any thread."""
         self._raise_event(EVENT_GENERATION)
 
+    def slots_changed(self) -> None:
+        """Says that the bitmap of slots in memory is another one. Any thread."""
+        self._raise_event(EVENT_SLOTS)
+
     def _raise_event(self, event: int) -> None:
         with self._lock:
             self._events |= event
@@ -105,7 +111,7 @@ class PmDevice:
         if len(data) != _STATE.size:
             raise ValueError(f"{len(data)} bytes, not {_STATE.size}")
         (events,) = _STATE.unpack(data)
-        if events & ~(EVENT_POWER_BUTTON | EVENT_GENERATION):
+        if events & ~_EVENTS:
             raise ValueError(f"events {events:#x}, which this machine has not")
         with self._lock:
             self._events = events

@@ -1,4 +1,8 @@
-"""What ties a virtio-mmio slot to its sidecar in KVM: ioeventfds as doorbells, an irqfd, InterruptStatus."""
+"""What ties a virtio-mmio slot to its sidecar in KVM: ioeventfds as doorbells, an irqfd, InterruptStatus.
+
+Slots are wired and unwired while the guest runs (hotplug.py): KVM_IOEVENTFD and KVM_IRQFD are among the ioctls that the
+core makes after it has given up its privileges.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,11 @@ class Slot:
         self._armed: set[int] = set()
         self._isr = vm.map_isr(index, isr)
         vm.add_irqfd(call, self.gsi)
+
+    def close(self) -> None:
+        """Unties it: no doorbell and no interrupt any more. The vCPUs must be parked."""
+        self.set_doorbells([])
+        self._vm.remove_irqfd(self._call, self.gsi)
 
     def set_doorbells(self, queues: list[int]) -> None:
         """Has the guest's notifications of exactly these queues wake the sidecar without an exit to Python."""

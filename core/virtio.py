@@ -161,6 +161,7 @@ class Device:
         self._interrupts = interrupts
         self._set_doorbells = set_doorbells
         self._on_needs_reset = on_needs_reset
+        self.on_reset: Callable[[str], None] = lambda _id: None  # gets our id, on the thread that resets
         # Never held while waiting for the sidecar: the main thread takes it to hand over that sidecar's notices.
         self._lock = threading.RLock()
         self._resetting = False
@@ -291,6 +292,35 @@ class Device:
                 self._interrupts.clear()
                 self._clear()
                 self._resetting = False
+        self.on_reset(self.id)
+
+    # Another sidecar; the vCPUs are parked.
+
+    def misfit(self, identity: Identity) -> str | None:
+        """Why the slot, or the driver that is bound, could not go on with a sidecar of this identity, or None."""
+        with self._lock:
+            now = self.identity
+            if now is None:
+                return "its sidecar has not said what it is"
+            if (identity.virtio_type, len(identity.config)) != (now.virtio_type, len(now.config)):
+                return "the device is of another kind"
+            if identity.queue_sizes != now.queue_sizes:
+                return f"it has {len(now.queue_sizes)} queues, the device {len(identity.queue_sizes)}"
+            if now.virtio_type == 1 or not self.status:
+                return None  # a NIC's sidecar may do in software what its driver was promised (Load)
+            if lacking := self.driver_features & ~(identity.features | F_VERSION_1):
+                return f"uses features {lacking:#x}, which the device lacks"
+            return None
+
+    def rebind(self, device_id: str, backend: Backend, identity: Identity) -> None:
+        """Goes on with another sidecar, under another id; ``misfit`` has nothing against it. The driver is told that
+        its configuration has changed."""
+        with self._lock:
+            self.id, self._backend, self.identity = device_id, backend, identity
+            if self.status:
+                self.change_config(identity.config)
+            else:
+                self.plug(identity)
 
     # Snapshots; the vCPUs are parked.
 

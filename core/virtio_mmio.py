@@ -7,6 +7,7 @@ runs; what arrives here is the rest.
 from __future__ import annotations
 
 import enum
+from typing import ClassVar
 
 from motorcade.core.virtio import Device
 
@@ -51,6 +52,19 @@ _QUEUE_ADDRESS = {
     Reg.QUEUE_DEVICE_LOW: ("device", 0),
     Reg.QUEUE_DEVICE_HIGH: ("device", 32),
 }
+
+
+class EmptySlot:
+    """A bus.BusDevice: a slot without a device (device id 0, 4.2.2), in which one may appear."""
+
+    _REGISTERS: ClassVar[dict[int, int]] = {Reg.MAGIC: MAGIC, Reg.VERSION: 2, Reg.VENDOR_ID: VENDOR}
+
+    def read(self, offset: int, size: int) -> int:
+        """Nothing, but that it is a slot. A driver whose device has just gone finds it reset."""
+        return self._REGISTERS.get(offset, 0) if size == 4 else 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Dropped."""
 
 
 class VirtioMmio:

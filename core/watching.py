@@ -5,6 +5,7 @@ which events are recorded. Nothing here is needed for a guest to run.
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 from motorcade.core.link import LinkState, SidecarError, SidecarLink
@@ -24,7 +25,8 @@ class Watching:
     def __init__(self, platform: Platform, fds: Mapping[str, int], refusal: Callable[[], str]) -> None:
         """``fds`` by label stay the caller's. ``refusal`` says why no sidecar may be paused or resumed now; empty: all
         may."""
-        self._platform, self._fds, self._refusal = platform, fds, refusal
+        self._platform, self._refusal = platform, refusal
+        self._fds = {label: fd for label, fd in fds.items() if label.startswith("watch.")}
         self._mappings: dict[str, mmap.mmap] = {}
 
     def _mapping(self, device_id: str) -> mmap.mmap | None:
@@ -35,6 +37,19 @@ class Watching:
                 return None
             self._mappings[device_id] = watch.map_or_make(fd)
         return self._mappings[device_id]
+
+    def add(self, device_id: str, fd: int) -> None:
+        """That of a device that has come; taken."""
+        self._fds[f"watch.{device_id}"] = fd
+        if self._kinds:
+            self.trace(self._kinds)
+
+    def forget(self, device_id: str) -> None:
+        """A device is gone."""
+        if (fd := self._fds.pop(f"watch.{device_id}", None)) is not None:
+            os.close(fd)
+        if (mapping := self._mappings.pop(device_id, None)) is not None:
+            mapping.close()
 
     def _link(self, device_id: str) -> SidecarLink:
         link = self._platform.links.get(device_id)

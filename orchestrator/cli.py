@@ -15,6 +15,7 @@ from motorcade.orchestrator.commands import (
     box,
     clone,
     console,
+    device,
     doctor,
     down,
     dump,
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     run.add_parser(commands)
     daily = (up, snapshot, clone, template, save, restore, dump, down, ps, console, logs)
-    for module in (*daily, top, metrics, qmp, sidecar, schema, doctor, box, zygote):
+    for module in (*daily, top, metrics, device, qmp, sidecar, schema, doctor, box, zygote):
         module.add_parser(commands)
     return whole
 

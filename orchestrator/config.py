@@ -15,6 +15,7 @@ import uuid as uuid_module
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -252,6 +253,7 @@ def _check(machine: Machine, source: Source) -> None:
     if "\0" in machine.kernel.cmdline or "\n" in machine.kernel.cmdline:
         source.problem(("kernel", "cmdline"), "line breaks and NULs cannot be part of a command line")
     _check_ids(machine, source)
+    _check_slots(machine, source)
     for i, disk in enumerate(machine.disks):
         if not disk.path:
             source.problem(("disks", i, "path"), "empty")
@@ -292,6 +294,16 @@ def _check_ids(machine: Machine, source: Source) -> None:
             if mac in macs:
                 source.problem((*path, "mac"), f"{mac} is already the address of {macs[mac]}")
             macs.setdefault(mac, source.called(path))
+
+
+def _check_slots(machine: Machine, source: Source) -> None:
+    for section in ("disks", "nets"):
+        first: dict[int, str] = {}
+        for i, part in enumerate(getattr(machine, section)):
+            if part.slot in first:
+                source.problem((section, i, "slot"), f"{part.slot} is already the slot of {first[part.slot]}")
+            if part.slot is not None:
+                first.setdefault(part.slot, field_name((section, i)))
 
 
 def devices(machine: Machine) -> Iterator[tuple[yamlpos.Path, Disk | Net | Console | Kit]]:
@@ -388,6 +400,47 @@ def metrics_address_problem(address: str) -> str | None:
     return f"{shown(address)} is not a loopback address and a port, such as 127.0.0.1:9200"
 
 
+def part(machine: Machine, kind: str, options: dict[str, Any], folder: Path) -> Disk | Net:
+    """A disk (``kind`` blk) or a NIC (net) that joins ``machine``, from its keys in machine.yaml; relative paths are
+    from ``folder``. Errors: UserError, one line."""
+    cls: type[Disk | Net] = Disk if kind == "blk" else Net
+    section = "disks" if kind == "blk" else "nets"
+    try:
+        new: Disk | Net = msgspec.convert(options, cls, strict=True, dec_hook=decode)
+    except msgspec.ValidationError as e:
+        where, message = _explain(str(e), options, cls)
+        raise UserError(f"{field_name(where)}: {message}" if where else message) from None
+    parts = [*getattr(machine, section), new]
+    source = Source(Path("-"), yamlpos.Document(None, {}))
+    _check(msgspec.structs.replace(machine, **{section: parts}), source)
+    at = field_name((section, len(parts) - 1))
+    if problems := [p for p in source.problems if p.field == at or p.field.startswith(f"{at}.")]:
+        field = problems[0].field.removeprefix(at).removeprefix(".")
+        raise UserError(f"{field}: {problems[0].message}" if field else problems[0].message)
+    if isinstance(new, Disk):
+        _complete_disk(new, machine.name, folder)
+    else:
+        _complete_net(new, machine.name, folder)
+    return new
+
+
+def _complete_disk(disk: Disk, name: str, folder: Path) -> None:
+    disk.path = os.path.normpath(folder / disk.path)
+    if disk.overlay is True:
+        disk.overlay = f"{name}-{disk.id}.overlay"
+    if disk.overlay:
+        disk.overlay = os.path.normpath(folder / disk.overlay)
+    disk.layers = [os.path.normpath(folder / layer) for layer in disk.layers]
+    if disk.serial is None:
+        disk.serial = disk.id[:20]
+
+
+def _complete_net(net: Net, name: str, folder: Path) -> None:
+    net.mac = net.mac or stable_mac(name, net.id)
+    net.link = os.path.normpath(folder / net.link) if net.link is not None else None
+    net.capture = os.path.normpath(folder / net.capture) if net.capture is not None else None
+
+
 def _complete(machine: Machine, folder: Path) -> None:
     """Fills in the defaults that depend on other fields; makes paths absolute."""
 
@@ -401,18 +454,9 @@ def _complete(machine: Machine, folder: Path) -> None:
     if machine.memory_file is not None:
         machine.memory_file = absolute(machine.memory_file)
     for disk in machine.disks:
-        disk.path = absolute(disk.path)
-        if disk.overlay is True:
-            disk.overlay = f"{machine.name}-{disk.id}.overlay"
-        if disk.overlay:
-            disk.overlay = absolute(disk.overlay)
-        disk.layers = [absolute(layer) for layer in disk.layers]
-        if disk.serial is None:
-            disk.serial = disk.id[:20]
+        _complete_disk(disk, machine.name, folder)
     for net in machine.nets:
-        net.mac = net.mac or stable_mac(machine.name, net.id)
-        net.link = absolute(net.link) if net.link is not None else None
-        net.capture = absolute(net.capture) if net.capture is not None else None
+        _complete_net(net, machine.name, folder)
     if machine.uart and all(c.type != "uart" for c in machine.consoles):
         machine.consoles = [Console(id="ttyS0", type="uart"), *machine.consoles]
     for console in machine.consoles:

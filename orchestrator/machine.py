@@ -42,6 +42,12 @@ class Kernel(_Part):
     initrd: Annotated[str | None, Meta(description="Initial RAM disk.")] = None
 
 
+Slot = Annotated[
+    Annotated[int, Meta(ge=0, le=15)] | None,
+    Meta(description="Its place among its kind, from 0 (vda, eth0); default: the first that is free."),
+]
+
+
 class Disk(_Part):
     """A virtio-blk disk; the first in the list is vda."""
 
@@ -69,6 +75,7 @@ class Disk(_Part):
     engine: Annotated[
         Literal["auto", "io_uring", "sync"], Meta(description="How the host does the I/O; auto: io_uring if allowed.")
     ] = "auto"
+    slot: Slot = None
 
 
 class Net(_Part):
@@ -93,6 +100,7 @@ class Net(_Part):
     forward: Annotated[
         list[str], Meta(description="user only: [udp:][ADDRESS:]HOSTPORT:GUESTPORT, e.g. 127.0.0.1:8080:80.")
     ] = []
+    slot: Slot = None
 
     @property
     def mode(self) -> Literal["tap", "user", "link", "unplugged"]:
@@ -148,6 +156,18 @@ class Kit:
         return {"id": self.id, "kind": self.kind, **self.options}
 
 
+class Removed(_Part):
+    """What is left in the slot of a device that was taken away while the guest's driver was bound to it (templates)."""
+
+    kind: Literal["blk", "net"]
+    slot: Annotated[int, Meta(ge=0, le=15)]  # of its kind
+    queues: Annotated[int, Meta(ge=1, le=16)] = 1  # queue pairs of a NIC
+    readonly: bool = False
+    discard: bool = True
+    mac: Mac | None = None
+    mtu: int | None = None
+
+
 class Machine(_Part, kw_only=True):
     """A virtual machine."""
 
@@ -176,6 +196,7 @@ class Machine(_Part, kw_only=True):
     nets: Annotated[list[Net], Meta(max_length=MAX_NICS)] = []
     consoles: list[Console] = []
     devices: Annotated[list[Kit], Meta(max_length=MAX_KITS, description="Devices of other kinds.")] = []
+    removed: Annotated[list[Removed], Meta(description="In templates: slots that the guest's drivers still hold.")] = []
     uart: Annotated[bool, Meta(description="Give the machine a serial port (ttyS0) even if no console asks.")] = True
     qmp: Annotated[
         list[str], Meta(description="More QMP sockets: unix:PATH or tcp:HOST:PORT (the VM's own is always there).")

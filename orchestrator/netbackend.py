@@ -49,6 +49,22 @@ def open_tap(ifname: str, queues: int = 1) -> list[int]:
     return list(fds)
 
 
+def adopt_taps(name: str, fds: Sequence[int]) -> str:
+    """Makes queues of a tap, opened by somebody else (``fds``, the caller's), what ``open_tap`` gives. Its name."""
+    from motorcade.sidecars._net import ffi, lib
+
+    names = set()
+    for fd in fds:
+        ifname = ffi.new("char[16]")
+        if error := -lib.mc_tap_adopt(fd, ifname):
+            what = "it is no tap with IFF_NO_PI and IFF_VNET_HDR" if error == EINVAL else os.strerror(error)
+            raise UserError(f"network backend {name}: a descriptor cannot be used: {what}")
+        names.add(ffi.string(ifname).decode())
+    if len(names) > 1:
+        raise UserError(f"network backend {name}: its descriptors are of several taps: {', '.join(sorted(names))}")
+    return names.pop()
+
+
 def _tap_error(ifname: str, queues: int, error: int, step: int) -> str:
     from motorcade.sidecars._net import lib
 

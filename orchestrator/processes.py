@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from motorcade.orchestrator import pagers
 from motorcade.orchestrator.pagers import PagerKeeper
 from motorcade.orchestrator.resources import NO_SLOT, Resources, slot_info, slot_number
-from motorcade.orchestrator.spawn import Child, Helper, Main, load_mains, spawn
+from motorcade.orchestrator.spawn import Child, Helper, Main, load_main, load_mains, spawn
 from motorcade.proto import boot, schema
 from motorcade.proto.versions import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from motorcade.orchestrator.machine import Machine
+    from motorcade.orchestrator.resources import Device
     from motorcade.orchestrator.rundir import RunDir
 
 log = logging.getLogger("motorcade.supervisor")
@@ -43,7 +44,6 @@ class Processes:
         self.sidecars: dict[str, Child] = {}
         self.helpers: list[Helper] = []  # programs that backends need: passt
         self._mains: dict[str, Main] = {}
-        self._logs: list[int] = []
 
     def load(self) -> None:
         """Warm start: what is imported here, no child has to. Frozen, so that the garbage collector's writes do not
@@ -67,11 +67,25 @@ class Processes:
             self.pager.start()
         self.core = self._fork("core", "", self._mains["core"])
 
+    def add_sidecar(self, device: Device) -> Child:
+        """Of a device that has come to a machine which is there. Errors: OSError."""
+        main = self._mains.get(device.kind)
+        if main is None:
+            main = self._mains[device.kind] = load_main(device.kind)
+        child = self.sidecars[device.id] = self._fork(device.role, device.id, main)
+        return child
+
+    def boot_sidecar(self, device: Device, *, incoming: bool) -> None:
+        """Its Boot. ``incoming``: it starts quiesced."""
+        self._send_boot(self.sidecars[device.id], device.boot, self.resources.sidecar_fds(device), incoming=incoming)
+
     def _fork(self, role: str, device_id: str, main: Main) -> Child:
         """A child, watched."""
         log_fd = self.run_dir.open_log(role)
-        self._logs.append(log_fd)
-        child = spawn(role, device_id, self.machine.name, main, log_fd)
+        try:
+            child = spawn(role, device_id, self.machine.name, main, log_fd)
+        finally:
+            os.close(log_fd)
         self.watcher.watch(child)
         log.debug("%s is pid %d", role, child.pid)
         return child
@@ -120,8 +134,10 @@ class Processes:
         assert incoming is not None
         self.pager.boot(self.resources.pager_fds(), len(incoming.memory) - 1, incoming.start)
 
-    def _send_boot(self, child: Child, role: schema.Role, fds: dict[str, int]) -> None:
-        """A child that is gone already shows by its pidfd, not here."""
+    def _send_boot(
+        self, child: Child, role: schema.Role, fds: dict[str, int], *, incoming: bool | None = None
+    ) -> None:
+        """A child that is gone already shows by its pidfd, not here. ``incoming``: unless as the machine."""
         message = schema.Boot(
             protocol_version=PROTOCOL_VERSION,
             vm_name=self.machine.name,
@@ -129,7 +145,7 @@ class Processes:
             regions=tuple(self.resources.regions),
             log_level=self.machine.log_level,
             role=role,
-            incoming=self.resources.incoming is not None,
+            incoming=self.resources.incoming is not None if incoming is None else incoming,
             lazy=self.resources.lazy,
         )
         log_fd = self.run_dir.open_log(child.role)
@@ -218,5 +234,3 @@ class Processes:
             self.pager.close()
         for helper in self.helpers:
             helper.end()
-        for fd in self._logs:
-            os.close(fd)

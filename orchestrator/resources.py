@@ -7,6 +7,7 @@ Labels are those of docs/internals.md.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -20,14 +21,14 @@ import msgspec
 from motorcade.orchestrator import ahead, charbackend, frozendisks, kitplace, memoryfile, netbackend, pagers, rundir
 from motorcade.orchestrator.errors import UserError
 from motorcade.orchestrator.kitplace import Connection, KitPlace
-from motorcade.orchestrator.machine import Console, Disk, Kernel, Kit, Machine, Net, To
+from motorcade.orchestrator.machine import Console, Disk, Kernel, Kit, Mac, Machine, Net, Removed, To
 from motorcade.proto import memory, watch
 from motorcade.proto.memory import PAGE
 from motorcade.proto.messages import BlkBoot, KitBoot, NetBoot, Role, SerialBoot
 from motorcade.sidecars import lazymem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from motorcade.orchestrator.disks import OpenDisk
     from motorcade.orchestrator.frozendisks import Incoming
@@ -110,9 +111,12 @@ class Resources:
         self._open_kernel(progress)
         self.core["watch"] = self._own(watch.make("core"))  # control messages, for whoever looks
         for disk in machine.disks:
-            self._add(self._blk(disk))
+            self._add(self.open_disk(disk), None if disk.slot is None else FIRST_SLOT["blk"] + disk.slot)
         for net in machine.nets:
-            self._add(self._net(net))
+            self._add(self.open_net(net), None if net.slot is None else FIRST_SLOT["net"] + net.slot)
+        for removed in machine.removed:
+            slot = FIRST_SLOT[removed.kind] + removed.slot
+            self._add(self.nothing(removed, f"~{slot}"), slot)
         for console in machine.consoles:
             self._add(self._serial(console))
         for kit in machine.devices:
@@ -191,13 +195,20 @@ class Resources:
         self._opened.append(fd)
         return fd
 
-    def _add(self, device: Device) -> None:
+    def _chosen_slots(self) -> set[int]:
+        """Those that machine.yaml, or a template's machine, names."""
+        machine = self.machine
+        chosen = {FIRST_SLOT["blk"] + d.slot for d in machine.disks if d.slot is not None}
+        chosen |= {FIRST_SLOT["net"] + n.slot for n in machine.nets if n.slot is not None}
+        return chosen | {FIRST_SLOT[r.kind] + r.slot for r in machine.removed}
+
+    def _add(self, device: Device, chosen: int | None = None) -> None:
         """Gives a device what its sidecar is watched through, and one on virtio its slot, doorbells and interrupt."""
         device.watch = self._own(watch.make(device.id))
         if device.slot is not None:
             first = FIRST_SLOT.get(device.kind, KIT_SLOT)
-            others = (d for d in self.devices if d.slot is not None)
-            device.slot = first + sum(FIRST_SLOT.get(d.kind, KIT_SLOT) == first for d in others)
+            taken = {d.slot for d in self.devices} | self._chosen_slots()
+            device.slot = chosen if chosen is not None else next(n for n in itertools.count(first) if n not in taken)
             device.kicks = [self._own(eventfd()) for _ in range(device.queues)]
             device.call = self._own(eventfd())
             device.isr = self._own(sealed_memfd(f"isr-{device.id}", _ISR_SIZE))
@@ -248,7 +259,49 @@ class Resources:
                 except (UserError, OSError) as e:
                     log.warning("the guest will not be able to reboot: %s", e)
 
-    def _blk(self, disk: Disk) -> Device:
+    def wire(self, device: Device, replaces: Device | None) -> None:
+        """Doorbells and an interrupt for a device that comes later, whose slot is known: its own, or those of the one
+        that it takes over from."""
+        if replaces is None:
+            self._add(device, device.slot)
+            return
+        device.watch = self._own(watch.make(device.id))
+        device.kicks, device.call, device.isr = replaces.kicks, replaces.call, replaces.isr
+        self.devices.append(device)
+
+    def let_go(self, fds: Iterable[int]) -> None:
+        """Closes descriptors before the end."""
+        for fd in fds:
+            self._opened.remove(fd)
+            os.close(fd)
+
+    def nothing(self, removed: Removed, device_id: str) -> Device:
+        """What stands in for a device that was taken away: a disk of size 0, or a NIC without a link."""
+        queues = removed.queues
+        if removed.kind == "net":
+            mac = removed.mac if removed.mac is not None else Mac(6)
+            role: Role = NetBoot(device_id, bytes(mac), queues, "none", removed.mtu or 0)
+            info: dict[str, Any] = {"mac": str(mac), "backend": "none", "ifname": None}
+            return Device(device_id, "net", role, {}, 2 * queues + 1, 0, backend="removed", info=info)
+        role = BlkBoot(
+            device_id=device_id,
+            path="(removed)",
+            readonly=removed.readonly,
+            direct=False,
+            overlay=False,
+            serial="",
+            queues=queues,
+            discard=removed.discard,
+            io_engine="auto",
+            layers=0,
+            removed=True,
+        )
+        fds = {"disk": self._own(sealed_memfd("removed", 0))}
+        info = {"file": "", "driver": "raw", "ro": removed.readonly, "direct": False, "backing-file": None}
+        return Device(device_id, "blk", role, fds, queues, 0, backend="removed", info=info)
+
+    def open_disk(self, disk: Disk) -> Device:
+        """Opens and locks a disk; it has no slot yet. Errors: UserError, DiskInUse."""
         from motorcade.orchestrator.disks import open_disk
 
         restored = {r.disk.id: r for r in self.incoming.disks} if self.incoming is not None else {}
@@ -283,10 +336,15 @@ class Resources:
             shown += " + what this run writes" if opened.unnamed else f" + overlay {opened.written}"
         return Device(disk.id, "blk", boot, fds, disk.queues, 0, backend=shown, info=info, locks=opened.locks)
 
-    def _net(self, net: Net) -> Device:
+    def open_net(self, net: Net, taps: Sequence[int] = ()) -> Device:
+        """Opens a NIC's other side; it has no slot yet. ``taps``: queues of the tap, open already; taken.
+        Errors: UserError."""
         assert net.mac is not None
         fds: dict[str, int] = {}
-        if net.tap is not None:
+        if taps:
+            fds = {f"tap.{n}": self._own(fd) for n, fd in enumerate(taps)}
+            backend, shown = "tap", f"tap {net.tap}"
+        elif net.tap is not None:
             taps = netbackend.open_tap(net.tap, net.queues)
             fds = {f"tap.{n}": self._own(fd) for n, fd in enumerate(taps)}
             backend, shown = "tap", f"tap {net.tap}"

@@ -19,6 +19,7 @@ from pathlib import Path
 from motorcade.orchestrator import lifeline, pagers
 from motorcade.orchestrator.errors import EXIT_ERROR, UserError
 from motorcade.orchestrator.frozendisks import Incoming
+from motorcade.orchestrator.hotplug import Hotplug
 from motorcade.orchestrator.incomings import Incomings
 from motorcade.orchestrator.kitplace import last_words
 from motorcade.orchestrator.machine import Machine
@@ -64,6 +65,7 @@ class Supervisor:
         self.snapshots = Snapshots(machine, self.resources, self.selector, tell_core)
         self.incomings = Incomings(machine, config, self.resources, self.selector, tell_core, self.on_template_opened)
         self.watching = Watching(machine, run, self.selector, VmLook(self))
+        self.hotplug = Hotplug(self)
         self.status = "starting"
         self.started = time.time()
         self.attached = True  # vmmctl has not let go of us
@@ -263,6 +265,8 @@ class Supervisor:
                 sidecar.kill()
         elif isinstance(life, schema.OpenTarget | schema.CopyDisks | schema.CloseTarget):
             self.snapshots.on(life)
+        elif isinstance(life, schema.Hotplug):
+            self.hotplug.on(life, fds)
         elif isinstance(life, schema.OpenIncoming):
             self.incomings.on(life, fds)
         else:
@@ -355,6 +359,8 @@ class Supervisor:
             self.on_failed_start(child, how)
         elif self.processes.is_pager(child):
             self.on_pager_died(why)
+        elif self.hotplug.is_moving(child):
+            self.hotplug.on_exit(child, why)
         else:
             self.on_sidecar_died(child, why)
         self.write_state()
@@ -420,6 +426,10 @@ class Supervisor:
     def on_helper_exit(self, helper: Helper) -> None:
         """passt, for one, is gone: its NIC's sidecar sees the end of the stream, and the guest a link that is down."""
         self.selector.unregister(helper.pidfd)
+        if self.hotplug.is_dismissed(helper):
+            log.info("%s %s", helper.role, helper.reap())
+            self.write_state()
+            return
         log.error("%s %s", helper.role, helper.reap())
         if self.status == "starting" and helper.gentle:
             self.fail(UserError(f"{helper.role} {helper.state}{last_words(self.run_dir, helper.role)}"))

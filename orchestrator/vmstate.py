@@ -30,7 +30,7 @@ def vm_state(supervisor: Supervisor) -> dict[str, Any]:
         "devices": [device_state(d) for d in devices],
         "console": supervisor.console(),
         "qmp": [f"unix:{supervisor.run_dir.path / 'qmp.sock'}", *machine.qmp],
-        "locks": [lock for d in devices for lock in d.locks],
+        "locks": [*(lock for d in devices for lock in d.locks), *supervisor.hotplug.locks()],
     }
     if ended is not None and supervisor.status in {"ended", "failed"}:
         how = {"status": ended.status, "reason": ended.reason, "detail": ended.detail, "time": time.time()}

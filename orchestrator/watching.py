@@ -53,6 +53,10 @@ class Watching:
         """Something happened to a process: whoever traces it is told."""
         self._watch.note(device, text)
 
+    def forget(self, device: str) -> None:
+        """A device was taken away."""
+        self._watch.forget(device)
+
     def close(self) -> None:
         """Hangs up on everybody."""
         self._watch.close()

@@ -226,6 +226,10 @@ class WatchServer:
             self._mappings[device] = mapping
         return self._mappings[device]
 
+    def forget(self, device: str) -> None:
+        """A device was taken away. Who reads its ring keeps the mapping as long as that."""
+        self._mappings.pop(device, None)
+
     def _switch(self) -> None:
         """Has each process record what its watchers want, all of them together."""
         for device, mapping in self._mappings.items():

@@ -80,6 +80,8 @@ struct BlkBoot {
   ioEngine @8 :Text;        # auto, io_uring or sync
   layers @9 :UInt16;
   # How many read-only overlays, descriptors "layer.0" (the lowest) and up, lie between "disk" and "overlay".
+  removed @10 :Bool;
+  # The device was taken away, and the guest's driver is still bound: a disk of size 0, "disk" is empty.
 }
 
 struct NetBoot {
@@ -136,6 +138,9 @@ struct Life {
     reopen @20 :Void;           # a sidecar of the kit: open again what its kind's open_at() opens
     reopened @21 :Reopened;     # to that sidecar, with descriptors
     silent @22 :Text;           # core: this device's sidecar gives no sign of life; kill it, unless a debugger holds it
+    # Devices that come and go while the machine is there (proto/hotplug.py).
+    hotplug @23 :Hotplug;       # core, with a tap's descriptors for a network backend that is given by them
+    hotplugged @24 :Hotplugged; # to the core, with the descriptors of the slot that `plug` asked for
   }
 }
 
@@ -187,6 +192,16 @@ struct OpenIncoming {
 
 struct Incoming {
   error @0 :Text;
+}
+
+struct Hotplug {
+  request @0 :Text;         # JSON
+}
+
+struct Hotplugged {
+  error @0 :Text;           # empty: done
+  answer @1 :Text;          # JSON
+  labels @2 :List(Text);    # of the descriptors, in order
 }
 
 struct Ended {

@@ -337,6 +337,7 @@ class BlkBoot:
     discard: bool = False
     io_engine: Word = "auto"
     layers: int = 0
+    removed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -581,6 +582,22 @@ class Reopened:
     labels: Annotated[tuple[Word, ...], Max(16)] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Hotplug:
+    """Core: a request of proto/hotplug.py, as JSON."""
+
+    request: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Hotplugged:
+    """To the core: its answer as JSON, with descriptors by label; or why it was not done, and nothing has changed."""
+
+    error: Line
+    answer: Json = "{}"
+    labels: Annotated[tuple[Word, ...], Max(250)] = ()
+
+
 Life: TypeAlias = (
     Ready
     | Failed
@@ -605,4 +622,6 @@ Life: TypeAlias = (
     | SidecarReplaced
     | Reopen
     | Reopened
+    | Hotplug
+    | Hotplugged
 )

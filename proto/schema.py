@@ -41,6 +41,8 @@ from motorcade.proto.messages import (
     ErrorCode,
     Failed,
     Hello,
+    Hotplug,
+    Hotplugged,
     Id,
     Incoming,
     Inject,
@@ -122,6 +124,8 @@ __all__ = [
     "ErrorCode",
     "Failed",
     "Hello",
+    "Hotplug",
+    "Hotplugged",
     "Id",
     "Incoming",
     "Inject",
@@ -258,6 +262,8 @@ _LIVES: dict[str, type[Any]] = {
     "sidecarReplaced": SidecarReplaced,
     "reopen": Reopen,
     "reopened": Reopened,
+    "hotplug": Hotplug,
+    "hotplugged": Hotplugged,
 }
 # The union's member is the one field itself (a Text, a Data, a struct of its own), not a struct that holds it.
 _BARE = {Failed, KillSidecar, Silent, WorkingSet, Damaged, Load, Saved}

@@ -48,7 +48,7 @@ _HEADER = struct.Struct("<8sIIQ36xI")
 _MAX_CHUNKS = MAX_MEMORY // CHUNK
 _MAX_BODY = 5 * _MAX_CHUNKS + (64 << 20)
 _CPUID_ENTRY = 40  # sizeof(struct kvm_cpuid_entry2): an ABI
-_NAME = re.compile(r"[a-z][-_a-z0-9]*(\.[A-Za-z0-9][-_.A-Za-z0-9]*)?")
+_NAME = re.compile(r"[a-z][-_a-z0-9]*(\.[~A-Za-z0-9][-_.A-Za-z0-9]*)?")
 
 
 class TemplateError(ValueError):

@@ -10,7 +10,7 @@ import struct
 
 ZERO = b"\x00"
 ONE = b"\x01"
-LOCAL0 = b"\x60"
+LOCAL0, LOCAL1, LOCAL2 = b"\x60", b"\x61", b"\x62"
 
 _NAME_SEG = re.compile("[A-Z_][A-Z0-9_]{0,3}")
 _SMALL = {0: b"\x00", 1: b"\x01"}
@@ -108,6 +108,11 @@ def operation_region_io(path: str, base: int, size: int) -> bytes:
     return b"\x5b\x80" + name_string(path) + b"\x01" + integer(base) + integer(size)
 
 
+def operation_region_memory(path: str, base: int, size: int) -> bytes:
+    """OperationRegion (path, SystemMemory, base, size)."""
+    return b"\x5b\x80" + name_string(path) + b"\x00" + integer(base) + integer(size)
+
+
 def field_dword(region: str, *units: tuple[str, int]) -> bytes:
     """Field (region, DWordAcc, NoLock, WriteAsZeros) { (name, bits), ... }."""
     body = name_string(region) + bytes([0x03 | 2 << 5])
@@ -131,6 +136,16 @@ def store(source: bytes, target: bytes) -> bytes:
 def bit_and(a: bytes, b: bytes) -> bytes:
     """And (a, b), the result used in place."""
     return b"\x7b" + a + b + ZERO
+
+
+def bit_xor(a: bytes, b: bytes, target: bytes = ZERO) -> bytes:
+    """XOr (a, b, target)."""
+    return b"\x7f" + a + b + target
+
+
+def return_(value: bytes) -> bytes:
+    """Return (value)."""
+    return b"\xa4" + value
 
 
 def if_(predicate: bytes, *terms: bytes) -> bytes:

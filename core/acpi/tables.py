@@ -8,17 +8,30 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from motorcade.core import pm, rtc
 from motorcade.core.acpi import aml
-from motorcade.core.layout import GED_GSI, RTC_PORT, UART_GSI, UART_PORT, VIRTIO_MMIO_SIZE, slot_address
+from motorcade.core.layout import (
+    GED_GSI,
+    HOTPLUG_SLOTS,
+    RTC_PORT,
+    UART_GSI,
+    UART_PORT,
+    VIRTIO_MMIO_SIZE,
+    slot_address,
+    slot_gsi,
+)
 
 IOAPIC_BASE = 0xFEC00000
 LAPIC_BASE = 0xFEE00000
 
 GENERATION_ID = 0x40
 """Where the 16 bytes of the VM generation ID are, from the RSDP on; DSDT's VGEN says it to the guest."""
+
+PRESENT_SLOTS = 0x50
+"""Where 32 bits say which of HOTPLUG_SLOTS have a device, from the RSDP on. In memory, and not in a register: each _STA
+of a slot reads it, several times at a start, and no read costs an exit."""
 
 _TABLES = 0x80  # from the RSDP on
 _OEM = b"MOTORC"
@@ -32,7 +45,8 @@ MemoryWrite = Callable[[int, bytes], None]
 def build(memory_write: MemoryWrite, base_gpa: int, cpus: int, slots: Sequence[tuple[int, int]], uart: bool) -> int:
     """Writes the tables from ``base_gpa`` on and gives the address of the RSDP, which is ``base_gpa`` itself.
 
-    The VM generation ID at ``base_gpa + GENERATION_ID`` is the caller's to write.
+    The VM generation ID at ``base_gpa + GENERATION_ID`` is the caller's to write, and the bitmap at PRESENT_SLOTS to
+    keep up to date; here it gets what ``slots`` says.
     ``base_gpa`` is a multiple of 16 in the firmware area (0xe0000 to 1 MiB). ``slots`` are the virtio-mmio slots
     with the GSI of each. vCPU n has APIC id n. ``uart``: whether there is a 16550. ValueError where the tables do
     not fit.
@@ -49,7 +63,7 @@ def build(memory_write: MemoryWrite, base_gpa: int, cpus: int, slots: Sequence[t
         at = (at + len(data) + 63) & ~63
         return address
 
-    dsdt_at = place(_table(b"DSDT", 2, dsdt(cpus, slots, uart, base_gpa + GENERATION_ID)))
+    dsdt_at = place(_table(b"DSDT", 2, dsdt(cpus, slots, uart, base_gpa)))
     fadt_at = place(_table(b"FACP", 6, _fadt(dsdt_at)))
     madt_at = place(_table(b"APIC", 5, _madt(cpus)))
     xsdt_at = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt_at, madt_at)))
@@ -58,7 +72,13 @@ def build(memory_write: MemoryWrite, base_gpa: int, cpus: int, slots: Sequence[t
     for address, data in tables:
         memory_write(address, data)
     memory_write(base_gpa, _rsdp(xsdt_at))
+    memory_write(base_gpa + PRESENT_SLOTS, present_slots(index for index, _ in slots))
     return base_gpa
+
+
+def present_slots(slots: Iterable[int]) -> bytes:
+    """The bitmap at PRESENT_SLOTS: those of ``slots`` that are hot-pluggable."""
+    return struct.pack("<I", sum(1 << slot for slot in slots if slot in HOTPLUG_SLOTS))
 
 
 def _checksum(data: bytes | bytearray) -> int:
@@ -130,14 +150,17 @@ def _madt(cpus: int) -> bytes:
     return body
 
 
-def dsdt(cpus: int, slots: Sequence[tuple[int, int]], uart: bool, generation_id: int) -> bytes:
-    """The definition block of the DSDT, without its header. ``generation_id``: the address of the 16 bytes."""
-    users = Counter(gsi for _, gsi in slots)
+def dsdt(cpus: int, slots: Sequence[tuple[int, int]], uart: bool, base_gpa: int) -> bytes:
+    """The definition block of the DSDT, without its header."""
+    present = {slot for slot, _ in slots}
+    described = sorted({*slots, *((slot, slot_gsi(slot)) for slot in HOTPLUG_SLOTS if slot not in present)})
+    users = Counter(gsi for _, gsi in described)
     devices = [_cpu(n) for n in range(cpus)]
-    devices += [_virtio_mmio(slot, gsi, shared=users[gsi] > 1) for slot, gsi in slots]
+    devices += _present_slots(base_gpa + PRESENT_SLOTS, present)
+    devices += [_virtio_mmio(slot, gsi, shared=users[gsi] > 1) for slot, gsi in described]
     if uart:
         devices.append(_uart())
-    devices += [_rtc(), _power_button(), _motherboard(), _generation(generation_id), _event_device()]
+    devices += [_rtc(), _power_button(), _motherboard(), _generation(base_gpa + GENERATION_ID), _event_device()]
     # \_S5: soft-off is entered by writing this value to SLP_TYP of the sleep control register (section 7.4.2).
     return aml.scope("\\_SB", *devices) + aml.name(
         "\\_S5", aml.package(aml.integer(pm.SLEEP_TYPE_S5), aml.ZERO, aml.ZERO, aml.ZERO)
@@ -154,6 +177,7 @@ def _virtio_mmio(slot: int, gsi: int, *, shared: bool) -> bytes:
         f"VR{slot:02X}",
         aml.name("_HID", aml.string("LNRO0005")),
         aml.name("_UID", aml.integer(slot)),
+        *(_hotplug(slot) if slot in HOTPLUG_SLOTS else ()),
         aml.name("_CCA", aml.ONE),
         aml.name(
             "_CRS",
@@ -163,6 +187,39 @@ def _virtio_mmio(slot: int, gsi: int, *, shared: bool) -> bytes:
             ),
         ),
     )
+
+
+def _present_slots(address: int, slots: Iterable[int]) -> list[bytes]:
+    """SLTS, the slots that have a device, and SLTK, those of which Linux has been told."""
+    known = struct.unpack("<I", present_slots(slots))[0]
+    return [
+        aml.operation_region_memory("SREG", address, 4),
+        aml.field_dword("SREG", ("SLTS", 32)),
+        aml.name("SLTK", aml.integer(known)),
+    ]
+
+
+def _hotplug(slot: int) -> tuple[bytes, ...]:
+    """Whether there is a device, and what has Linux look again when it is told so.
+
+    Linux acts on Notify for devices of its "scan handlers" alone, and virtio-mmio has none. The one of PRP0001 ("see
+    _DSD") takes it: it makes a platform device where there is a ``compatible``, which _HID finds the driver for.
+    """
+    return (
+        aml.name("_CID", aml.string("PRP0001")),
+        aml.name("_DSD", aml.package(aml.buffer(_DEVICE_PROPERTIES), aml.package(_COMPATIBLE))),
+        aml.method(
+            "_STA",
+            0,
+            aml.if_(aml.bit_and(aml.name_string("\\_SB.SLTS"), aml.integer(1 << slot)), aml.return_(aml.integer(0xF))),
+            aml.return_(aml.ZERO),
+        ),
+    )
+
+
+# The UUID daffd814-6eba-4d8c-8a91-bc9bbf4aa301: device properties follow (section 6.2.5).
+_DEVICE_PROPERTIES = bytes.fromhex("14d8ffdaba6e8c4d8a91bc9bbf4aa301")
+_COMPATIBLE = aml.package(aml.string("compatible"), aml.string("virtio,mmio"))
 
 
 def _uart() -> bytes:
@@ -223,6 +280,22 @@ def _event_device() -> bytes:
             aml.store(aml.name_string("ESTS"), aml.LOCAL0),  # reading clears it: read once
             aml.if_(aml.bit_and(aml.LOCAL0, aml.integer(pm.EVENT_POWER_BUTTON)), aml.notify("\\_SB.PWRB", 0x80)),
             aml.if_(aml.bit_and(aml.LOCAL0, aml.integer(pm.EVENT_GENERATION)), aml.notify("\\_SB.VGEN", 0x80)),
+            aml.if_(aml.bit_and(aml.LOCAL0, aml.integer(pm.EVENT_SLOTS)), *_tell_slots()),
             serialized=True,
         ),
     )
+
+
+def _tell_slots() -> list[bytes]:
+    """A Device Check (section 5.6.6) for each slot that differs from what was told last. What is told is remembered in
+    the guest, so nothing gets lost where an event stands for several changes."""
+    present, known = aml.name_string("\\_SB.SLTS"), aml.name_string("\\_SB.SLTK")
+    terms = [
+        aml.store(present, aml.LOCAL1),
+        aml.bit_xor(aml.LOCAL1, known, aml.LOCAL2),
+        aml.store(aml.LOCAL1, known),
+    ]
+    for slot in HOTPLUG_SLOTS:
+        changed = aml.bit_and(aml.LOCAL2, aml.integer(1 << slot))
+        terms.append(aml.if_(changed, aml.notify(f"\\_SB.VR{slot:02X}", 1)))
+    return terms

@@ -307,6 +307,22 @@ struct mc_isr *mc_isr_map(int fd)
 	return map_sealed(fd, sizeof(struct mc_isr));
 }
 
+int mc_isr_replace(struct mc_isr *isr, int fd)
+{
+	struct mc_isr *other = mc_isr_map(fd);
+
+	if (!other)
+		return -errno;
+	/* In one step: a vCPU thread that reads the register meanwhile finds the one page or the other. */
+	if (mremap(other, sizeof(*other), sizeof(*other), MREMAP_MAYMOVE | MREMAP_FIXED, isr) == MAP_FAILED) {
+		int err = errno;
+
+		mc_isr_unmap(other);
+		return -err;
+	}
+	return 0;
+}
+
 void mc_isr_unmap(struct mc_isr *isr)
 {
 	munmap(isr, sizeof(*isr));

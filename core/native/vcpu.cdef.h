@@ -36,6 +36,7 @@ int mc_vcpu_kick(struct mc_vcpu *vcpu);
 void mc_vcpu_clear_kick(struct mc_vcpu *vcpu);
 void mc_vcpu_forget_exit(struct mc_vcpu *vcpu);
 struct mc_isr *mc_isr_map(int fd);
+int mc_isr_replace(struct mc_isr *isr, int fd);
 void mc_isr_unmap(struct mc_isr *isr);
 void mc_isr_raise(struct mc_isr *isr, uint32_t bits);
 void mc_isr_clear(struct mc_isr *isr, uint32_t bits);

@@ -94,6 +94,8 @@ void mc_vcpu_forget_exit(struct mc_vcpu *vcpu);
 
 /* InterruptStatus as the core itself uses it: mapped from its memfd, which must be sealed against shrinking. */
 struct mc_isr *mc_isr_map(int fd);
+/* Puts the page of `fd` where `isr` is mapped, while vCPUs may use it. 0 or -errno; then the old one is still there. */
+int mc_isr_replace(struct mc_isr *isr, int fd);
 void mc_isr_unmap(struct mc_isr *isr);
 void mc_isr_raise(struct mc_isr *isr, uint32_t bits);
 void mc_isr_clear(struct mc_isr *isr, uint32_t bits);

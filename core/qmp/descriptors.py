@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import os
 import socket
+from collections.abc import Sequence
 
 from motorcade.core.qmp.errors import QmpError
 
@@ -79,6 +80,13 @@ class Named:
             return self._fds.pop(name)
         except KeyError:
             raise QmpError(f"File descriptor named '{name}' not found") from None
+
+    def take_all(self, names: Sequence[str]) -> list[int]:
+        """As ``take``, of all or of none."""
+        for name in names:
+            if name not in self._fds or names.count(name) > 1:
+                raise QmpError(f"File descriptor named '{name}' not found, or named twice")
+        return [self.take(name) for name in names]
 
     def close(self) -> None:
         """Closes all."""

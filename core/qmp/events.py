@@ -59,6 +59,13 @@ class DumpStatus(enum.StrEnum):
     FAILED = "failed"
 
 
+class DeviceDeleted(EventData, frozen=True):
+    """A device was taken away; what the guest had written to it is kept."""
+
+    device: str
+    path: str
+
+
 class DumpResult(msgspec.Struct, frozen=True):
     """Of query-dump, too. Bytes of RAM."""
 
@@ -98,6 +105,7 @@ EVENTS: Mapping[str, type[EventData]] = {
     "POWERDOWN": Powerdown,
     "SHUTDOWN": Shutdown,
     "MIGRATION": Migration,
+    "DEVICE_DELETED": DeviceDeleted,
     "DUMP_COMPLETED": DumpCompleted,
     # ours
     "SIDECAR_EXITED": SidecarExited,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from motorcade.core.hotplug import Hotplug
     from motorcade.core.qmp.errors import QmpError
     from motorcade.core.snapshot.plan import Plan, Report
     from motorcade.proto.messages import Inject, StatsReport
@@ -202,6 +203,11 @@ class MachineControl(Protocol):
     def load_devices(self, uri: str, given: int, done: Callable[[QmpError | None], None]) -> None:
         """Puts the state of devices at ``uri`` into the machine, which is stopped. ``given``: the descriptor that it
         stands for, or -1; taken, unless this raises. ``done`` is called once."""
+
+    hotplug: Hotplug
+    """Devices that come and go."""
+    on_event: Callable[[str, Mapping[str, object]], None]
+    """Emits an event."""
 
     def block_devices(self) -> Sequence[BlockDevice]:
         """The disks in slot order."""

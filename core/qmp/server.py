@@ -27,6 +27,7 @@ from motorcade.core.qmp import (
     devices,
     dump,
     events,
+    hotplug,
     migration,
     monitor,
     run,
@@ -40,7 +41,7 @@ from motorcade.core.qmp.registry import Context, registry
 log = logging.getLogger(__name__)
 
 COMMANDS = (
-    backends, balloon, block, commands, cpus, debug, devices, dump, migration, monitor, run, schema, sidecars,
+    backends, balloon, block, commands, cpus, debug, devices, dump, hotplug, migration, monitor, run, schema, sidecars,
 )  # fmt: skip
 """Imported, their commands are defined."""
 MAX_CLIENTS = 64

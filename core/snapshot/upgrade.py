@@ -18,14 +18,14 @@ current: dict[str, int] = {
     "clock": 1,
     "vcpu": 1,
     "uart": 1,
-    "pm": 1,
+    "pm": 2,  # 2: event bit 2, a change of the virtio-mmio slots
     "rtc": 1,
     "virtio": 1,
     "sidecar": 1,
 }
 """Kind of component (its name up to the dot) to the version that this program writes."""
 
-_STEPS: dict[tuple[str, int], Step] = {}
+_STEPS: dict[tuple[str, int], Step] = {("pm", 1): lambda data: data}
 """Kind and version to the step that leads on from it."""
 
 

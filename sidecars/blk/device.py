@@ -92,6 +92,7 @@ class BlkDevice(base.Device):
                 "readonly": role.readonly,
                 "direct": role.direct,
                 "discard": role.discard,
+                "removed": role.removed,
                 "queues": role.queues,
                 "overlay_size": headers[-1].size if headers else 0,
                 "overlay": top,

@@ -26,7 +26,7 @@ enum mc_blk_engine { MC_BLK_AUTO, MC_BLK_URING, MC_BLK_SYNC, ... };
 struct mc_blk_overlay_file { int fd; uint64_t map, data; ...; };
 struct mc_blk_params {
 	int disk_fd, event_fd, engine;
-	bool readonly, direct, discard;
+	bool readonly, direct, discard, removed;
 	uint16_t queues;
 	uint64_t overlay_size;
 	struct mc_blk_overlay_file overlay;

@@ -38,6 +38,7 @@ struct mc_blk_params {
 	bool readonly;
 	bool direct;			/* the descriptors, all of them, were opened with O_DIRECT */
 	bool discard;			/* space may be given back to the host */
+	bool removed;			/* no disk: what is left for a driver that still has one, of size 0 */
 	uint16_t queues;
 	uint64_t overlay_size;		/* of the headers: bytes of the disk */
 	struct mc_blk_overlay_file overlay;	/* fd -1: none */

@@ -87,7 +87,7 @@ int blk_geometry(struct mc_blk *b, char *error)
 		size = b->p.overlay_size;
 	}
 	b->size = size - size % lb;
-	if (!b->size) {
+	if (!b->size && !b->p.removed) {
 		snprintf(error, 256, "the image has %llu bytes, less than a block of %u", (unsigned long long)size, lb);
 		return EINVAL;
 	}

@@ -78,4 +78,5 @@ int mc_net_load_frames(struct mc_net *net, uint16_t pair, uint64_t features, con
 uint64_t mc_net_unservable(const struct mc_net *net, uint64_t features);
 enum mc_tap_step { MC_TAP_OPEN_TUN, MC_TAP_SETIFF, MC_TAP_ONE_QUEUE, MC_TAP_HEADER, ... };
 int mc_tap_open(const char *ifname, uint16_t queues, int *fds, int *step);
+int mc_tap_adopt(int fd, char *ifname);
 int mc_pcap_check(int fd);

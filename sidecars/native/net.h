@@ -141,6 +141,9 @@ int mc_net_load_frames(struct mc_net *net, uint16_t pair, uint64_t features, con
  */
 enum mc_tap_step { MC_TAP_OPEN_TUN = 1, MC_TAP_SETIFF, MC_TAP_ONE_QUEUE, MC_TAP_HEADER };
 int mc_tap_open(const char *ifname, uint16_t queues, int *fds, int *step);
+/* Makes of a tap's queue that somebody else has opened, fd, what mc_tap_open() gives. ifname (IFNAMSIZ bytes): its name.
+ * 0, or -errno; -EINVAL: not a tap, or one without virtio headers. */
+int mc_tap_adopt(int fd, char *ifname);
 
 /* 1: fd holds a pcap file as we write it, or is empty; 0: it is something else; -errno. */
 int mc_pcap_check(int fd);

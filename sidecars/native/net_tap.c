@@ -64,6 +64,22 @@ static int tap_setiff(int fd, const char *ifname, int flags)
 	return ioctl(fd, TUNSETIFF, &ifr) < 0 ? -errno : 0;
 }
 
+int mc_tap_adopt(int fd, char *ifname)
+{
+	struct ifreq ifr = {0};
+	int size = (int)MC_NET_HDR, flags = fcntl(fd, F_GETFL);
+
+	/* A descriptor that is no tap's knows no such ioctl. */
+	if (flags < 0 || ioctl(fd, TUNGETIFF, &ifr) < 0)
+		return -EINVAL;
+	if ((ifr.ifr_flags & (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)) != (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+		return -EINVAL;
+	if (ioctl(fd, TUNSETVNETHDRSZ, &size) < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
+		return -errno;
+	memcpy(ifname, ifr.ifr_name, IFNAMSIZ);
+	return 0;
+}
+
 int mc_tap_open(const char *ifname, uint16_t queues, int *fds, int *step)
 {
 	int size = (int)MC_NET_HDR, opened = 0, err = 0;

@@ -83,6 +83,25 @@ static void do_echo(const char *arg)
 	}
 }
 
+/* serial: goes on with the words of a line that is received, polling LSR; another `serial` among them waits for the next */
+static void do_serial(const char *arg)
+{
+	static char line[16384];
+	size_t n = 0;
+
+	(void)arg;
+	while (n < sizeof(line) - 1) {
+		while (!(inb(COM1 + UART_LSR) & UART_LSR_DR))
+			pause();
+		line[n] = inb(COM1 + UART_RX);
+		if (line[n] == '\n')
+			break;
+		n++;
+	}
+	line[n] = 0;
+	word = line;
+}
+
 /* echoirq=N: the same by receive interrupts */
 static void do_echoirq(const char *arg)
 {
@@ -313,7 +332,8 @@ static void do_initrd(const char *arg)
 
 static const struct { const char *name; void (*run)(const char *arg); } words[] = {
 	{ "print", do_print }, { "fill", do_fill }, { "flood", do_flood }, { "count", do_count }, { "spin", do_spin },
-	{ "echo", do_echo }, { "echoirq", do_echoirq }, { "txirq", do_txirq }, { "pio", do_pio }, { "slot", do_slot },
+	{ "echo", do_echo }, { "serial", do_serial }, { "echoirq", do_echoirq }, { "txirq", do_txirq },
+	{ "pio", do_pio }, { "slot", do_slot },
 	{ "peek", do_peek }, { "poke", do_poke }, { "wide", do_wide }, { "irq", do_irq }, { "await", do_await },
 	{ "isr", do_isr }, { "kicks", do_kicks }, { "fault", do_fault }, { "bad", do_bad }, { "smp", do_smp },
 	{ "cpuid", do_cpuid_word }, { "out", do_out }, { "store", do_store }, { "load", do_load }, { "initrd", do_initrd },

@@ -115,7 +115,7 @@ def test_events_that_were_not_read_survive_a_snapshot(machine: Machine) -> None:
     assert machine.ports.read(pm.BASE, 4) == pm.EVENT_POWER_BUTTON
 
 
-@pytest.mark.parametrize("data", [b"", bytes(3), bytes(5), b"\x04\0\0\0", b"\xff" * 4])
+@pytest.mark.parametrize("data", [b"", bytes(3), bytes(5), b"\x08\0\0\0", b"\xff" * 4])
 def test_events_that_cannot_be_are_refused(machine: Machine, data: bytes) -> None:
     with pytest.raises(ValueError):
         machine.pm.restore(data)

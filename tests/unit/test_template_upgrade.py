@@ -63,7 +63,7 @@ def test_machines_of_every_version_are_understood(path: Path) -> None:
             assert {"pic0", "pic1", "ioapic"} <= dict(unpack_records(part.data)).keys()
         elif part.kind == "sidecar":
             assert unpack_sidecar(part.data).version, name
-    assert cpu.model(whole.cpu) == "AuthenticAMD family 25 model 17"
+    assert cpu.model(whole.cpu).startswith("AuthenticAMD family 25 model 1")  # of two hosts
     assert "sse2" in cpu.features(whole.cpu)
 
 

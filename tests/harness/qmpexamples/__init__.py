@@ -10,12 +10,13 @@ own. A group that needs drivers, which the micro-guest has not, says ``guests=("
 
 from __future__ import annotations
 
-from harness.qmpexamples import inspecting, running, snapshots
+from harness.qmpexamples import hotplug, inspecting, running, snapshots
 from harness.qmpexamples.example import Group
 
 GROUPS: tuple[Group, ...] = (
     inspecting.GROUP,
     running.GROUP,
+    hotplug.GROUP,
     snapshots.GROUP,
     snapshots.INCOMING,
     running.END,
