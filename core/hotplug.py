@@ -52,7 +52,7 @@ class Owner(Protocol):
     def go_on(self) -> None:
         """The vCPUs may run again, if they are to."""
 
-    def kill_sidecar(self, device_id: str, reason: str) -> None:
+    def kill_sidecar(self, device_id: str, reason: str, *, unless_traced: bool = False) -> None:
         """See platform.Guest."""
 
     @property
