@@ -371,8 +371,11 @@ def _check_kit(kit: Kit, path: yamlpos.Path, source: Source) -> None:
         where, message = _explain(str(e), kit.options, options)
         source.problem((*path, *where), message)
         return
-    for key, message in decoded.problems():
-        source.problem((*path, key) if key in kit.options else path, message)
+    try:
+        for key, message in decoded.problems():
+            source.problem((*path, key) if key in kit.options else path, message)
+    except Exception as e:  # of somebody else's package
+        source.problem(path, f"the kind's own check of its options failed: {type(e).__name__}: {e}")
     if len(data) > MAX_OPTIONS:
         source.problem(path, f"{len(data)} bytes of options are too many (the most is {MAX_OPTIONS})")
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from motorcade.orchestrator.rundir import RunDir
 
 _MOST_STARTS, _PERIOD = 5, 60.0  # starts of one program in so many seconds
+# Labels that every sidecar has (docs/internals.md).
+_TAKEN = frozenset({"memory", "dirty", "isr", "log", "watch", "run", "inflight", "userfaultfd", "control", "state"})
+_TAKEN_PREFIXES = ("kick.", "call.")
 WORDS = 400  # bytes of a log's end that a message has room for
 
 
@@ -63,6 +66,15 @@ class KitPlace:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+def check_labels(opened: Mapping[str, int]) -> None:
+    """ValueError for what a kind may not open under this name, or is no descriptor."""
+    for label, fd in opened.items():
+        if not isinstance(label, str) or not label or label in _TAKEN or label.startswith(_TAKEN_PREFIXES):
+            raise ValueError(f"its open() gives a descriptor the name {label!r}, which is the kit's own")
+        if not isinstance(fd, int) or fd < 0:
+            raise ValueError(f"its open() gives {fd!r} as the descriptor '{label}'")
 
 
 @dataclass

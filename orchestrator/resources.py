@@ -402,9 +402,13 @@ class Resources:
             kind = kinds.find(kit.kind)
             given = msgspec.convert(kit.options, kind.Options)
             opened, queues = dict(kind.open_at(given, place)), kind.count_queues(given)
+            kitplace.check_labels(opened)
         except (kinds.UnknownKind, msgspec.ValidationError, OSError, ValueError) as e:
             words = kitplace.last_words(self.run, place.role)
             raise UserError(f"{kit.kind} {kit.id}: {getattr(e, 'strerror', None) or e}{words}") from None
+        except Exception as e:  # of somebody else's package
+            log.exception("%s %s: a bug in its open()", kit.kind, kit.id)
+            raise UserError(f"{kit.kind} {kit.id}: its open() failed: {type(e).__name__}: {e}") from None
         connection = Connection(place, lambda: kind.open_at(given, place, again=True)) if kind.connects else None
         if connection is not None:
             connection.fds = opened

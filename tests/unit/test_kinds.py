@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from motorcade.orchestrator import kitplace
 from motorcade.sidecars import kinds, sdk
 from motorcade.sidecars.rng.device import RngDevice
 
@@ -78,6 +80,13 @@ def test_nobody_takes_the_place_of_ours(install: Install) -> None:
         ("Good", "class Good: pass", "not a subclass"),
         ("Good", GOOD.replace("sizes", "size"), "has no sizes"),
         ("Good", GOOD.replace("handle", "answer"), "has no handle"),
+        ("Good", "raise SystemExit(3)", "cannot be imported: SystemExit: 3"),
+        ("Good", GOOD.replace("(1,)", "(100,)"), "a queue of size 100: it is to be a power of two up to 1024"),
+        ("Good", GOOD.replace("(1,)", "(2048,)"), "a queue of size 2048"),
+        ("Good", GOOD.replace("(1,)", "(8,) * 17"), "a tuple of one to 16 sizes"),
+        ("Good", GOOD.replace("(1,)", "64"), "sizes 64: it is to be a tuple"),
+        ("Good", GOOD.replace("62", "'rng'"), "virtio_type 'rng'"),
+        ("Good", GOOD + "    Options = dict\n", "not a subclass of motorcade.sidecars.sdk.Options"),
     ],
 )
 def test_a_package_that_is_broken_is_named(install: Install, target: str, text: str, match: str) -> None:
@@ -85,3 +94,17 @@ def test_a_package_that_is_broken_is_named(install: Install, target: str, text: 
     install(name, f"bad = {name}:{target}", text)
     with pytest.raises(kinds.UnknownKind, match=match):
         kinds.find("bad")
+
+
+def test_a_damaged_list_of_entry_points_is_an_error_of_its_own(install: Install) -> None:
+    install("kindtest9", "no equals sign here", GOOD)
+    with pytest.raises(kinds.UnknownKind, match="entry points of the installed packages cannot be read"):
+        kinds.find("good")
+    assert kinds.find("rng") is RngDevice
+
+
+@pytest.mark.parametrize("opened", [{"memory": 0}, {"kick.0": 0}, {"": 0}, {"disk": -1}, {"disk": None}])
+def test_what_a_kind_opens_cannot_take_the_place_of_what_every_device_has(opened: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="its open"):
+        kitplace.check_labels(opened)
+    kitplace.check_labels({"disk": 0})
