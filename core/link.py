@@ -114,7 +114,7 @@ class SidecarLink:
 
         self._server.request(self.device_id, body, deadline_ms, answered)
 
-    def activate(self, features: int, queues: dict[int, virtio.Queue]) -> None:
+    def activate(self, features: int, queues: dict[int, virtio.Queue], config: bytes) -> None:
         """See virtio.Backend."""
         body = messages.Activate(
             features=features,
@@ -122,6 +122,7 @@ class SidecarLink:
                 messages.Queue(index=i, size=q.size, desc=q.desc, driver=q.driver, device=q.device)
                 for i, q in queues.items()
             ),
+            config=config,
         )
         self._loop.call_soon(lambda: self._request(body, DEADLINE_MS))
 
@@ -192,9 +193,10 @@ class SidecarLink:
         self._request(messages.Resume(), DEADLINE_MS)
 
     def restore_queues(
-        self, features: int, queues: dict[int, virtio.Queue], state: messages.DeviceState
+        self, features: int, queues: dict[int, virtio.Queue], state: messages.DeviceState, config: bytes = b""
     ) -> Future[messages.Answer]:
-        """Has a sidecar that was given ``state`` (Load) go on with the queues that its driver had set up.
+        """Has a sidecar that was given ``state`` (Load) go on with the queues that its driver had set up. ``config``:
+        as of ``activate``.
 
         ValueError where the two do not belong together.
         """
@@ -217,6 +219,7 @@ class SidecarLink:
                 for at in state.queues
             ),
             restored=True,
+            config=config,
         )
         return self.ask(body, DEADLINE_MS)
 

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from motorcade.core import inventory
+from motorcade.core import balloon, inventory
 from motorcade.core.boot.error import BootError
 from motorcade.core.debugging import Debugger
 from motorcade.core.hotplug import Hotplug
@@ -81,6 +81,7 @@ class Machine:
         self.debugger = Debugger(self._platform, self._still)
         self.hotplug = Hotplug(self._platform, self._life, server, self)
         self._platform.on_device_reset = self.hotplug.driver_let_go
+        self.balloon = balloon.find(self._platform, loop, lambda name, data: self.on_event(name, data))
         self._incoming = Incoming(self._platform, self._life, self, deferred=self._role.defer)
         server.handler = self._on_message
         server.tap = tap.Tap(fds.get("watch"))
@@ -152,7 +153,7 @@ class Machine:
     def _on_message(self, device_id: str, message: messages.Message) -> None:
         link, device, body = self._platform.links[device_id], self._platform.devices.get(device_id), message.body
         if isinstance(body, messages.Hello):
-            identity = Identity(body.virtio_type, body.features, tuple(body.queue_sizes), body.config)
+            identity = _identity(body)
             if device is not None:
                 device.plug(identity)
             link.hello(whole_memory=body.whole_memory)
@@ -558,3 +559,7 @@ class Machine:
         if link is None:
             raise DeviceNotFound(f"no device has the id {device_id}")
         return link
+
+
+def _identity(hello: messages.Hello) -> Identity:
+    return Identity(hello.virtio_type, hello.features, tuple(hello.queue_sizes), hello.config, hello.config_kinds)

@@ -16,6 +16,8 @@ from typing import Protocol
 
 import msgspec
 
+from motorcade.proto.messages import CONFIG_DRIVER, CONFIG_STATE
+
 log = logging.getLogger(__name__)
 
 F_VERSION_1 = 1 << 32
@@ -41,6 +43,12 @@ class Identity:
     features: int
     queue_sizes: tuple[int, ...]
     config: bytes
+    config_kinds: bytes = b""  # Hello.configKinds
+
+    def keep(self, new: bytes, kept: bytes, least: int) -> bytes:
+        """``new`` with those bytes of ``kept``, of the same length, whose kind is ``least`` or more."""
+        mask = self.config_kinds.ljust(len(new), b"\0")
+        return bytes(k if kind >= least else n for n, k, kind in zip(new, kept, mask, strict=True))
 
 
 @dataclass
@@ -115,8 +123,9 @@ class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Backend(Protocol):
     """The sidecar's side, reached from any vCPU thread."""
 
-    def activate(self, features: int, queues: dict[int, Queue]) -> None:
-        """Hands the queues over. Returns at once; kicks made meanwhile stay in the eventfds."""
+    def activate(self, features: int, queues: dict[int, Queue], config: bytes) -> None:
+        """Hands the queues over, and ``config`` where the core keeps any of it. Returns at once; kicks made meanwhile
+        stay in the eventfds."""
 
     def reset(self) -> None:
         """Returns when the sidecar no longer touches guest memory nor raises interrupts, or is dead."""
@@ -165,6 +174,8 @@ class Device:
         # Never held while waiting for the sidecar: the main thread takes it to hand over that sidecar's notices.
         self._lock = threading.RLock()
         self._resetting = False
+        # Called after the driver has changed configuration space, a reset included, by any thread.
+        self.on_config_written: Callable[[], None] = lambda: None
         self.identity: Identity | None = None
         self.config_generation = 0
         self._config = bytearray()
@@ -178,6 +189,11 @@ class Device:
         self.queue_sel = 0
         sizes = self.identity.queue_sizes if self.identity else ()
         self.queues = [Queue(max_size=n, size=n) for n in sizes]
+        if self.identity is not None and self.identity.config_kinds:
+            now = bytes(self._config)
+            self._config[:] = self.identity.keep(now, bytes(len(now)), CONFIG_DRIVER)
+            if self._config != now:
+                self.on_config_written()
 
     def plug(self, identity: Identity) -> None:
         """Makes the device present, with what its sidecar said."""
@@ -254,7 +270,7 @@ class Device:
             if starting and not new & (Status.NEEDS_RESET | Status.FAILED):
                 ready = {i: q for i, q in enumerate(self.queues) if q.ready}
                 self._set_doorbells(list(ready))
-                self._backend.activate(self.driver_features, ready)
+                self._backend.activate(self.driver_features, ready, self.kept_config)
 
     def notify(self, index: int) -> None:
         """A queue notification that no doorbell took: a queue never set up, or a device not started."""
@@ -274,7 +290,26 @@ class Device:
         with self._lock:
             if not self.status & Status.DRIVER or offset + size > len(self._config):
                 return
-            self._backend.write_config(offset, value.to_bytes(size, "little"))
+            data = value.to_bytes(size, "little")
+            assert self.identity is not None
+            if self.identity.config_kinds:
+                # What the driver writes it may read at once.
+                new = bytearray(self._config)
+                new[offset : offset + size] = data
+                self._config[:] = self.identity.keep(bytes(self._config), bytes(new), CONFIG_DRIVER)
+                self.on_config_written()
+            self._backend.write_config(offset, data)
+
+    @property
+    def config(self) -> bytes:
+        """Configuration space as the driver reads it."""
+        with self._lock:
+            return bytes(self._config)
+
+    @property
+    def kept_config(self) -> bytes:
+        """For the sidecar, when the device is activated; empty where it knows all of it."""
+        return self.config if self.identity is not None and self.identity.config_kinds else b""
 
     def reset(self) -> None:
         """Back to the state after power-on. Waits for the sidecar to let go of the queues."""
@@ -369,6 +404,7 @@ class Device:
             self.queue_sel = state.queue_sel
             self.queues = [Queue(q.max_size, q.size, q.ready, q.desc, q.driver, q.device) for q in state.queues]
             self.config_generation = state.config_generation
+            self._config[:] = self.identity.keep(bytes(self._config), state.config, CONFIG_STATE)
             if state.config != self._config:
                 # A disk or NIC bound to something else. The generation tells a driver that reads right now; that it
                 # has changed at all, the interrupt.
@@ -412,7 +448,7 @@ class Device:
         with self._lock:
             if self.identity is None or len(config) != len(self._config):
                 return False
-            self._config[:] = config
+            self._config[:] = self.identity.keep(config, bytes(self._config), CONFIG_DRIVER)
             self.config_generation = (self.config_generation + 1) & 0xFFFF_FFFF
             if self.status & Status.DRIVER_OK:
                 self._interrupts.config_changed()

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from motorcade import __version__
 from motorcade.orchestrator.commands import (
+    balloon,
     box,
     clone,
     console,
@@ -87,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     commands = whole.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     run.add_parser(commands)
     daily = (up, snapshot, clone, template, save, restore, dump, down, ps, console, logs)
-    for module in (*daily, top, metrics, device, qmp, sidecar, schema, doctor, box, zygote):
+    for module in (*daily, balloon, top, metrics, device, qmp, sidecar, schema, doctor, box, zygote):
         module.add_parser(commands)
     return whole
 

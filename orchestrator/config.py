@@ -22,6 +22,7 @@ import msgspec
 from motorcade.orchestrator import yamlpos
 from motorcade.orchestrator.errors import EXIT_USAGE, UserError
 from motorcade.orchestrator.machine import (
+    MAX_KITS,
     MAX_VIRTIO_CONSOLES,
     Console,
     Disk,
@@ -271,6 +272,8 @@ def _check(machine: Machine, source: Source) -> None:
     _check_consoles(machine, source)
     for i, kit in enumerate(machine.devices):
         _check_kit(kit, ("devices", i), source)
+    if machine.the_balloon is not None and len(machine.devices) >= MAX_KITS:
+        source.problem(("balloon",), f"there is room for {MAX_KITS} devices of this sort, and `devices` has them all")
     for i, address in enumerate(machine.qmp):
         if problem := qmp_address_problem(address):
             source.problem(("qmp", i), problem)
@@ -311,6 +314,8 @@ def devices(machine: Machine) -> Iterator[tuple[yamlpos.Path, Disk | Net | Conso
     for section in ("disks", "nets", "consoles", "devices"):
         for i, part in enumerate(getattr(machine, section)):
             yield (section, i), part
+    if machine.the_balloon is not None:
+        yield ("balloon",), machine.the_balloon.kit
 
 
 def _check_net(net: Net, path: yamlpos.Path, source: Source) -> None:
@@ -355,6 +360,9 @@ def _check_kit(kit: Kit, path: yamlpos.Path, source: Source) -> None:
     """The kind is installed, and understands its options."""
     from motorcade.sidecars import kinds
 
+    if kit.kind in kinds.ELSEWHERE:
+        source.problem((*path, "kind"), f"the {kit.kind} is a key of the machine itself: {kit.kind}: true")
+        return
     try:
         options = kinds.find(kit.kind).Options
     except kinds.UnknownKind as e:

@@ -168,6 +168,31 @@ class Removed(_Part):
     mtu: int | None = None
 
 
+class Balloon(_Part):
+    """A virtio-balloon: RAM that the guest does not need goes back to the host."""
+
+    id: Id = "balloon"
+    deflate_on_oom: Annotated[
+        bool, Meta(description="A guest that runs out of memory takes some back, whatever it was told.")
+    ] = False
+    free_page_reporting: Annotated[
+        bool, Meta(description="The guest says which pages are free, and the host has them until they are used.")
+    ] = False
+    stats_interval: Annotated[
+        int, Meta(ge=0, le=86400, description="Seconds between the guest's statistics; 0: only when asked for.")
+    ] = 0
+
+    @property
+    def kit(self) -> Kit:
+        """As the device that it is."""
+        options = {
+            "deflate_on_oom": self.deflate_on_oom,
+            "free_page_reporting": self.free_page_reporting,
+            "stats_interval": self.stats_interval,
+        }
+        return Kit(self.id, "balloon", {key: value for key, value in options.items() if value})
+
+
 class Machine(_Part, kw_only=True):
     """A virtual machine."""
 
@@ -196,6 +221,9 @@ class Machine(_Part, kw_only=True):
     nets: Annotated[list[Net], Meta(max_length=MAX_NICS)] = []
     consoles: list[Console] = []
     devices: Annotated[list[Kit], Meta(max_length=MAX_KITS, description="Devices of other kinds.")] = []
+    balloon: Annotated[
+        bool | Balloon, Meta(description="Let `vmmctl balloon` take memory from the running guest and give it back.")
+    ] = False
     removed: Annotated[list[Removed], Meta(description="In templates: slots that the guest's drivers still hold.")] = []
     uart: Annotated[bool, Meta(description="Give the machine a serial port (ttyS0) even if no console asks.")] = True
     qmp: Annotated[
@@ -217,6 +245,11 @@ class Machine(_Part, kw_only=True):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="Of all the VM's processes.")
     ] = "info"
+
+    @property
+    def the_balloon(self) -> Balloon | None:
+        """The balloon, if it has one."""
+        return (Balloon() if self.balloon else None) if isinstance(self.balloon, bool) else self.balloon
 
 
 def schema() -> dict[str, Any]:

@@ -48,7 +48,7 @@ def shape(machine: Machine, *, pager: bool = False) -> dict[str, Any]:
     consoles = len(machine.consoles)
     rngs = sum(kit.kind == "rng" for kit in machine.devices)  # other packages' kinds are not prepared
     sidecars = {"blk": len(machine.disks), "net": len(machine.nets), "serial": consoles}
-    sidecars |= {"rng": rngs, "pager": int(pager)}
+    sidecars |= {"rng": rngs, "balloon": int(machine.the_balloon is not None), "pager": int(pager)}
     present = {kind: number for kind, number in sidecars.items() if number}
     return {"sidecars": present, "memory": int(machine.memory)}
 
@@ -56,7 +56,9 @@ def shape(machine: Machine, *, pager: bool = False) -> dict[str, Any]:
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a VM can have ready before anything else of it is known. ``memory``: bytes of RAM; 0: not yet."""
 
-    sidecars: dict[Literal["blk", "net", "serial", "rng", "pager"], Annotated[int, Meta(ge=1, le=_MAX_SIDECARS)]]
+    sidecars: dict[
+        Literal["blk", "net", "serial", "rng", "balloon", "pager"], Annotated[int, Meta(ge=1, le=_MAX_SIDECARS)]
+    ]
     memory: Annotated[int, Meta(ge=0, le=_MAX_MEMORY, multiple_of=PAGE)] = 0
 
     @property

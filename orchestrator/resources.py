@@ -87,6 +87,7 @@ class Resources:
         self.machine, self.run, self.on_helper, self.incoming = machine, run, on_helper, incoming
         self.lazy = False  # guest memory is filled on demand
         self.template: dict[str, int] = {}  # the pager's, by label; the core gets its "state"
+        self.discarded: dict[str, int] = {}  # what the pager and the balloon share
         self.disks: dict[str, OpenDisk] = {}
         self.devices: list[Device] = []
         self.regions = memory.layout(int(machine.memory))
@@ -121,6 +122,8 @@ class Resources:
             self._add(self._serial(console))
         for kit in machine.devices:
             self._add(self._kit(kit))
+        if machine.the_balloon is not None:
+            self._add(self._balloon(machine.the_balloon.kit))
         # By us, so that sidecars can connect while the core is still making its machine: from there, since they have no
         # other way to it.
         self.core["control"] = self._listen(self.run.path / "core.sock")
@@ -216,7 +219,7 @@ class Resources:
 
     def pager_fds(self) -> dict[str, int]:
         """What the pager gets."""
-        return {"memory": self.memory, "run": self.run_fd, **self.template}
+        return {"memory": self.memory, "run": self.run_fd, **self.template, **self.discarded}
 
     def open_disks(self) -> list[frozendisks.Open]:
         """The disks as they are, for a template."""
@@ -418,6 +421,14 @@ class Resources:
         boot = KitBoot(kit.id, kit.kind, options)
         info = {"options": kit.options}
         return Device(kit.id, kit.kind, boot, fds, queues, 0, backend=shown, info=info, connection=connection)
+
+    def _balloon(self, kit: Kit) -> Device:
+        device = self._kit(kit)
+        if self.lazy:
+            # Which pages are the template's no more: a bit a page, in words of 64.
+            bits = self._own(sealed_memfd("discarded", -(-(self.machine.memory // PAGE) // 64) * 8))
+            device.fds["discarded"] = self.discarded["discarded"] = bits
+        return device
 
     def _listen_qmp(self) -> None:
         self.core["qmp.0"] = self._listen(self.run.path / "qmp.sock")

@@ -30,7 +30,7 @@ _LAZY = (
     "resource",
     "setproctitle",
 )
-_KINDS = ("blk", "net", "serial", "rng", "pager")
+_KINDS = ("blk", "net", "serial", "rng", "balloon", "pager")
 _REHEARSALS = 10  # calls after which CPython 3.11 has specialized a function (8), and looked at it once more
 
 

@@ -55,6 +55,10 @@ struct Message {
 
     inject @21 :Inject;
     # Fail or delay the next requests, for testing guests. Refused by kinds that cannot.
+
+    command @22 :Command;
+    # What only this kind understands. Answered by `result`, or by an error; it may take its time.
+    result @23 :Text;         # an answer: JSON
   }
 }
 
@@ -63,6 +67,11 @@ struct Inject {
   count @1 :UInt32;         # how many; 0: no more from now on
   status @2 :Text;          # what they are answered with: ioerr, unsupp, drop; empty: they are carried out
   delayMs @3 :UInt32;       # how long each waits first
+}
+
+struct Command {
+  name @0 :Text;
+  arguments @1 :Text;       # JSON
 }
 
 struct DeviceState {
@@ -89,6 +98,10 @@ struct Hello {
   config @6 :Data;          # device configuration space
   wholeMemory @7 :Bool;
   # A process that the pager does not serve reads guest memory: all of it must be there before this device runs.
+  configKinds @8 :Data;     # a byte for each byte of it; missing ones are 0:
+  # 0, the sidecar's own: it says what it is at any time. 1, the device's state: the sidecar changes it, and the core keeps it
+  # for the next process in its place, after a restore or a death. 2, written by the driver: kept likewise, but the core
+  # itself puts down what the driver writes, and 0 at a reset; configWrite tells the sidecar.
 }
 
 struct Welcome {
@@ -110,6 +123,7 @@ struct Activate {
   features @0 :UInt64;      # what the driver accepted
   queues @1 :List(Queue);   # only those that the driver made ready
   restored @2 :Bool;        # the driver set this up before a snapshot; nothing happens until `resume`
+  config @3 :Data;          # configuration space as the core has it, if any of it has a kind
 }
 
 struct ConfigWrite {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,7 @@ class GuestMemory:
 
     def __init__(self, fd: int, regions: Sequence[Region], *, lazy: bool = False) -> None:
         self.regions = tuple(regions)
+        self.page_size = os.fstatvfs(fd).f_bsize  # bytes of what its file is made of: more than PAGE on hugetlbfs
         self._maps = [
             mmap.mmap(fd, r.size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=r.offset) for r in regions
         ]

@@ -21,6 +21,11 @@ NO_QUEUE = 0xFFFF
 """NeedsReset.queue when the reason is not about one queue."""
 
 
+CONFIG_STATE = 1
+CONFIG_DRIVER = 2
+"""Kinds of bytes of configuration space, besides 0 (control.capnp, Hello.configKinds)."""
+
+
 class Malformed(ValueError):
     """Bytes of a peer that are not a message, or a message with a field out of its bounds."""
 
@@ -63,8 +68,11 @@ class Hello:
     queue_sizes: Annotated[tuple[int, ...], Max(MAX_QUEUES)]
     config: Annotated[bytes, Max(MAX_CONFIG)]
     whole_memory: bool = False
+    config_kinds: Annotated[bytes, Max(MAX_CONFIG)] = b""
 
     def check(self) -> None:
+        if len(self.config_kinds) > len(self.config) or any(kind > CONFIG_DRIVER for kind in self.config_kinds):
+            raise Malformed("kinds of configuration space that are none")
         for size in self.queue_sizes:
             if not 0 < size <= 32768 or size & (size - 1):
                 raise Malformed(f"queue size {size} is not a power of two up to 32768")
@@ -102,6 +110,7 @@ class Activate:
     features: int
     queues: Annotated[tuple[Queue, ...], Max(MAX_QUEUES)]
     restored: bool = False
+    config: Annotated[bytes, Max(MAX_CONFIG)] = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +208,21 @@ class Inject:
 
 
 @dataclass(frozen=True, slots=True)
+class Command:
+    """What only one kind of sidecar understands; ``arguments`` is a JSON object."""
+
+    name: Word
+    arguments: Json = "{}"
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """The answer to Command: JSON."""
+
+    value: Json
+
+
+@dataclass(frozen=True, slots=True)
 class Ok:
     """Done as asked."""
 
@@ -274,8 +298,9 @@ Request: TypeAlias = (
     | Resume
     | Populate
     | Inject
+    | Command
 )
-Answer: TypeAlias = Ok | Error | Welcome | StatsReport | Saved
+Answer: TypeAlias = Ok | Error | Welcome | StatsReport | Saved | CommandResult
 Notice: TypeAlias = ConfigChanged | NeedsReset
 Body: TypeAlias = Request | Answer | Notice
 

@@ -28,6 +28,8 @@ from motorcade.proto.messages import (
     Body,
     Boot,
     CloseTarget,
+    Command,
+    CommandResult,
     ConfigChanged,
     ConfigWrite,
     CopyDisks,
@@ -111,6 +113,8 @@ __all__ = [
     "Body",
     "Boot",
     "CloseTarget",
+    "Command",
+    "CommandResult",
     "ConfigChanged",
     "ConfigWrite",
     "CopyDisks",
@@ -229,6 +233,8 @@ _BODIES: dict[str, type[Any]] = {
     "saved": Saved,
     "populate": Populate,
     "inject": Inject,
+    "command": Command,
+    "result": CommandResult,
 }
 _ROLES: dict[str, type[Any]] = {
     "core": CoreBoot,
@@ -266,7 +272,7 @@ _LIVES: dict[str, type[Any]] = {
     "hotplugged": Hotplugged,
 }
 # The union's member is the one field itself (a Text, a Data, a struct of its own), not a struct that holds it.
-_BARE = {Failed, KillSidecar, Silent, WorkingSet, Damaged, Load, Saved}
+_BARE = {Failed, KillSidecar, Silent, WorkingSet, Damaged, Load, Saved, CommandResult}
 
 _CODES = tuple(ErrorCode(n) for n, _ in sorted(_control.Error.Code.schema.enumerants.items(), key=lambda e: e[1]))
 

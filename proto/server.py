@@ -18,7 +18,11 @@ from motorcade.proto.wire import HWM, Refusals, Wait, endpoint, readable, receiv
 
 BATCH = 64  # messages per process() call, so that a chatty peer does not keep the loop's other work waiting
 
-_ANSWERS: dict[type[Request], type[Answer]] = {schema.StatsRequest: schema.StatsReport, schema.Save: schema.Saved}
+_ANSWERS: dict[type[Request], type[Answer]] = {
+    schema.StatsRequest: schema.StatsReport,
+    schema.Save: schema.Saved,
+    schema.Command: schema.CommandResult,
+}
 """What is answered to a request by something else than Ok."""
 
 

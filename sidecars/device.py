@@ -71,6 +71,7 @@ class Device(abc.ABC):
     sandbox_role: str = "kit"  # which list of system calls is its (sandbox/roles.py)
     system_calls: ClassVar[Sequence[Call]] = ()  # what it needs beyond that
     late_imports: ClassVar[Sequence[str]] = ()  # modules that its own do not import: later there are no files
+    config_kinds: bytes = b""  # whose each byte of ``config`` is (Hello.configKinds); missing ones are the sidecar's
 
     def __init__(self, boot: Boot, fds: Mapping[str, int], memory: GuestMemory) -> None:
         self.boot = boot
@@ -172,6 +173,14 @@ class Device(abc.ABC):
 
     def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 - most devices have nothing writable
         """The driver wrote to configuration space. What is not writable is ignored (virtio 1.2, section 2.5)."""
+
+    def adopt_config(self, config: bytes) -> None:  # noqa: B027 - only for those with ``config_kinds``
+        """Before ``activate``, where there are ``config_kinds``: configuration space as the core has kept it."""
+
+    def command(self, name: str, arguments: Mapping[str, Any], answer: Callable[[object], None]) -> None:
+        """The core asks for something that only this kind understands. ``answer`` takes what can be JSON, once, now or
+        later, on the main thread; later than the asker waits, it is for nobody. ValueError: refused."""
+        raise ValueError(f"there is no command {name} here")
 
     @abc.abstractmethod
     def stats(self) -> StatsReport:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 GROUP = "motorcade.sidecars"
 OWN = {
+    "balloon": "motorcade.sidecars.balloon.device:BalloonDevice",
     "rng": "motorcade.sidecars.rng.device:RngDevice",
     "vhost-user": "motorcade.sidecars.vhostuser.device:VhostUserDevice",
 }
 MAX_QUEUES, MAX_QUEUE_SIZE = 16, 1024  # of a device of the kit (native/queue.h)
 MAX_TYPE = 0xFFFF
+ELSEWHERE = frozenset({"balloon"})  # what machine.yaml has another place for
 # Not to be had by a package: our own, and the other roles that name a process and its log.
 RESERVED = frozenset({"blk", "net", "serial", "pager", "core", "supervisor", "passt", "backend", *OWN})
 
@@ -33,8 +35,8 @@ class UnknownKind(ValueError):
 
 
 def names() -> list[str]:
-    """Every kind there is."""
-    return sorted({*OWN, *_offered()})
+    """Every kind that ``devices`` may name."""
+    return sorted({*OWN, *_offered()} - ELSEWHERE)
 
 
 @functools.cache

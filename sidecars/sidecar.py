@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import socket
 
     from motorcade.proto.framing import ControlClient
-    from motorcade.proto.messages import Activate, Answer, Boot, ConfigWrite, DeviceState, Message
+    from motorcade.proto.messages import Activate, Answer, Boot, Command, ConfigWrite, DeviceState, Message
 
 log = logging.getLogger("motorcade.sidecar")
 
@@ -142,9 +142,17 @@ class Sidecar:
                 self._broken.add(queue.index)
                 log.warning("queue %d needs a reset: %s", queue.index, queue.reason)
                 self.client.notify(NeedsReset(queue.index, queue.reason))
-        if (config := self.device.config) != self._config:
-            self._config = config
+        config = self.device.config
+        if self._own(config) != self._own(self._config):
             self.client.notify(ConfigChanged(config))
+        self._config = config
+
+    def _own(self, config: bytes) -> bytes:
+        """``config`` without what the driver writes, which is no news to the core."""
+        from motorcade.proto.messages import CONFIG_DRIVER
+
+        kinds = self.device.config_kinds.ljust(len(config), b"\0")
+        return bytes(0 if kind == CONFIG_DRIVER else byte for byte, kind in zip(config, kinds, strict=True))
 
     def end(self, reason: str) -> None:
         """Flushes, closes and leaves, unasked by the core. Once: one such end brings others with it."""
@@ -176,6 +184,7 @@ class Sidecar:
             queue_sizes=tuple(device.queue_sizes),
             config=self._config,
             whole_memory=device.keeps_memory,
+            config_kinds=device.config_kinds,
         )
         self.client.hello(hello, HELLO_TIMEOUT)
 
@@ -216,6 +225,9 @@ class Sidecar:
             except ValueError as e:
                 raise Refused("invalid", str(e)) from None
             log.warning("%d requests will be failed or delayed, as was asked: %s", body.count, body)
+        elif isinstance(body, m.Command):
+            self.command(message.id, body)
+            return None
         elif isinstance(body, m.Quiesce):
             return self.quiesce(message.id)
         elif isinstance(body, m.Save):
@@ -255,11 +267,33 @@ class Sidecar:
                 raise Refused("invalid", f"queue {q.index} has positions, but nothing is restored")
         # Of those that were broken before the snapshot the driver was told before it.
         self._broken = {q.index for q in queues if q.error}
+        if self.device.config_kinds and request.config:
+            if len(request.config) != len(self._config):
+                raise Refused("invalid", f"{len(request.config)} bytes of configuration, not {len(self._config)}")
+            self.device.adopt_config(request.config)
+            self._config = self.device.config
         self._activated = True
         self.device.activate(request.features & self.device.features, queues)
         log.info("activated: features %#x, queues %s", request.features, [q.index for q in queues])
         if not self.device.always_on and not self._quiesced:
             self.data.start()
+
+    def command(self, request_id: int, request: Command) -> None:
+        """Hands it to the kind, which answers when it can."""
+        import json
+
+        from motorcade.proto.messages import CommandResult
+
+        def answer(value: object) -> None:
+            self.client.answer(request_id, CommandResult(json.dumps(value)))
+
+        try:
+            arguments = json.loads(request.arguments)
+            if not isinstance(arguments, dict):
+                raise ValueError("arguments that are no JSON object")
+            self.device.command(request.name, arguments, answer)
+        except (ValueError, RecursionError) as e:
+            raise Refused("invalid", str(e)) from e
 
     def reset(self, request_id: int) -> None:
         """Nothing is in flight: the data thread has returned, or is always on and stops its queues itself."""

@@ -66,6 +66,12 @@ class DeviceDeleted(EventData, frozen=True):
     path: str
 
 
+class BalloonChanged(EventData, frozen=True):
+    """The guest has given RAM back or taken it; ``actual``: bytes that it has. At most one a second."""
+
+    actual: int
+
+
 class DumpResult(msgspec.Struct, frozen=True):
     """Of query-dump, too. Bytes of RAM."""
 
@@ -107,6 +113,7 @@ EVENTS: Mapping[str, type[EventData]] = {
     "MIGRATION": Migration,
     "DEVICE_DELETED": DeviceDeleted,
     "DUMP_COMPLETED": DumpCompleted,
+    "BALLOON_CHANGED": BalloonChanged,
     # ours
     "SIDECAR_EXITED": SidecarExited,
     "SIDECAR_FAILED": SidecarFailed,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from motorcade.core.balloon import Balloon
     from motorcade.core.hotplug import Hotplug
     from motorcade.core.qmp.errors import QmpError
     from motorcade.core.snapshot.plan import Plan, Report
@@ -208,6 +209,10 @@ class MachineControl(Protocol):
     """Devices that come and go."""
     on_event: Callable[[str, Mapping[str, object]], None]
     """Emits an event."""
+
+    @property
+    def balloon(self) -> Balloon | None:
+        """The balloon, where there is one."""
 
     def block_devices(self) -> Sequence[BlockDevice]:
         """The disks in slot order."""

@@ -81,7 +81,8 @@ async def put_devices(platform: Platform, restored: Restored) -> None:
         if device is None:
             raise WrongTemplate(f"component sidecar.{name}: a device without a slot has queues")
         try:
-            activations.append(links[name].restore_queues(device.driver_features, device.running_queues(), of))
+            queues, config = device.running_queues(), device.kept_config
+            activations.append(links[name].restore_queues(device.driver_features, queues, of, config))
         except ValueError as e:
             raise WrongTemplate(f"component sidecar.{name}: {e}") from None
     await every(activations)

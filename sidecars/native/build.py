@@ -21,8 +21,9 @@ PARTS = {
     "net": [*DEVICE, "net"],
     "serial": [*DEVICE, "serial"],
     "pager": ["sandbox", "uffd", "crc32c", "pager"],
-    "queue": [*DEVICE, "queue"],  # of every kind that is written with the kit (sidecars/sdk)
     "vhost": [*DEVICE, "vhost"],
+    # Of every kind that is written with the kit (sidecars/sdk), and what our own such kinds have in C.
+    "queue": [*DEVICE, "queue", "balloon"],
     "seccomp": ["syscalls"],  # of the process that starts the others (sidecars/sandbox/filters.py)
 }
 LIBRARIES = {"blk": ["uring"], "net": ["uring"], "seccomp": ["seccomp"]}

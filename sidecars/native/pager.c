@@ -59,23 +59,43 @@ static bool sound(const struct mc_pager_config *c)
 	return true;
 }
 
+/* Notes that [start, end) of the memfd is a hole: chunks of which the balloon did not make it are missing. */
+static void found_hole(struct mc_pager *p, uint64_t start, uint64_t end)
+{
+	for (uint64_t chunk = start / CHUNK; chunk < p->n_chunks && chunk * CHUNK < end; chunk++) {
+		uint64_t at = chunk * CHUNK, from = start > at ? (start - at) / PAGE : 0;
+		uint64_t to = (end < at + CHUNK ? end - at : CHUNK) / PAGE;
+		uint32_t hole = (uint32_t)((1ull << to) - (1ull << from));
+
+		if (hole & ~discarded_of(p, (uint32_t)chunk))
+			p->done[chunk / 64] &= ~(1ull << chunk % 64);
+	}
+}
+
 int pager_look(struct mc_pager *p)
 {
-	off_t size = (off_t)p->config.size, data, hole = 0;
+	uint64_t size = p->config.size, at = 0;
 
-	memset(p->done, 0, (p->n_chunks / 64 + 1) * sizeof(*p->done));
-	p->stats.left = p->n_filled_chunks;
-	while (hole < size && (data = lseek(p->config.memory_fd, hole, SEEK_DATA)) >= 0) {
+	memset(p->done, 0xff, (p->n_chunks / 64 + 1) * sizeof(*p->done));
+	while (at < size) {
+		off_t data = lseek(p->config.memory_fd, (off_t)at, SEEK_DATA), hole;
+
+		if (data < 0 && errno != ENXIO)
+			return -errno;
+		if (data < 0 || (uint64_t)data > size)
+			data = (off_t)size;	/* ENXIO: no more data */
+		found_hole(p, at, (uint64_t)data);
+		if ((uint64_t)data == size)
+			break;
 		hole = lseek(p->config.memory_fd, data, SEEK_HOLE);
 		if (hole <= data)
 			return hole < 0 ? -errno : -EIO;
-		for (uint64_t chunk = ((uint64_t)data + CHUNK - 1) / CHUNK; chunk < p->n_chunks; chunk++) {
-			if (chunk * CHUNK + chunk_bytes(p, (uint32_t)chunk, 1) > (uint64_t)hole)
-				break;
-			pager_mark_done(p, (uint32_t)chunk);
-		}
+		at = (uint64_t)hole;
 	}
-	return hole >= size || errno == ENXIO ? 0 : -errno;	/* ENXIO: no more data */
+	p->stats.left = 0;
+	for (uint32_t chunk = 0; chunk < p->n_chunks; chunk++)
+		p->stats.left += layer_of(p, chunk) && !is_done(p, chunk);
+	return 0;
 }
 
 /* Finds the stretches of whole BLOCKs that are zero in the template: those are left to the kernel. In whole ones, since a

@@ -24,12 +24,14 @@ struct mc_pager_config {
 	const uint32_t *ahead;
 	uint32_t n_ahead;
 	bool record;
+	const uint64_t *discarded;
 	...;
 };
 struct mc_pager_mapping { uint64_t address, size, offset; ...; };
 struct mc_pager_damage { int failure; int error; uint32_t chunk, layer; ...; };
 struct mc_pager_stats {
 	uint64_t faults, filled, zeroed, ahead_chunks, ahead_ns, populated, woken, stray, lost, released, left, slowest_ns;
+	uint64_t emptied, removals;
 	uint64_t histogram[...];
 	...;
 };

@@ -9,6 +9,10 @@
  * in the memfd for all. UFFDIO_COPY never replaces a page that is there, so what a guest has written since is safe even
  * from a pager that knows less than its predecessor.
  *
+ * What was given away. A page whose bit in config.discarded is set was given to the balloon: what the template has for it
+ * does not count any more, whether it was ever filled or not. Nobody is given such a page unless they touch it, and then it
+ * is zero. The bits are set by another process while we fill; balloon.h says why none is overlooked.
+ *
  * What is let go. Where a whole huge page of the template is zero, its registration is taken back at once: the kernel gives
  * zeros without asking. Once the template is all there, so are all the others, and nobody needs the pager any more.
  *
@@ -47,6 +51,7 @@ struct mc_pager_config {
 	const uint32_t *ahead;		/* a working set: chunks to copy before faults are waited for; copied here */
 	uint32_t n_ahead;
 	bool record;			/* note which chunks are asked for in the first MC_PAGER_RECORD_MS */
+	const uint64_t *discarded;	/* a bit a page of guest memory, set by the balloon (balloon.h); outlives the pager; or NULL */
 };
 
 /* `size` bytes at `address` of some process are those at `offset` of guest memory. */
@@ -78,6 +83,8 @@ struct mc_pager_damage {
 
 struct mc_pager_stats {
 	uint64_t faults, filled, zeroed, ahead_chunks, ahead_ns, populated, woken, stray, lost, released;
+	uint64_t emptied;		/* faults in pages that the balloon had */
+	uint64_t removals;		/* holes that were about to be punched */
 	uint64_t left;			/* chunks of the template that are not there yet */
 	uint64_t slowest_ns;
 	uint64_t histogram[MC_PAGER_BUCKETS];	/* of a fault's time from being read to being answered; see mc_pager_bucket_ns */

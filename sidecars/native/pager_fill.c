@@ -108,6 +108,53 @@ static int put(const struct source *s, uint64_t address, const uint8_t *from, ui
 	return 0;
 }
 
+/* ESRCH: the process has ended. Else its userfaultfd is not what it said. */
+static enum placed lose(struct mc_pager *p, struct source *s, int err)
+{
+	if (err != -ESRCH) {
+		p->stats.lost++;
+		pager_notice(p, MC_PAGER_SOURCE_LOST);
+	}
+	pager_drop(p, s);
+	return PLACE_GONE;
+}
+
+enum placed pager_empty(struct mc_pager *p, struct source *s, uint64_t offset)
+{
+	uint64_t address, length = pager_piece(s, &offset, PAGE, &address);
+	bool was_there = false;
+	int err = length ? put(s, address, NULL, length, &was_there) : 0;
+
+	p->stats.emptied++;
+	switch (-err) {
+	case 0:
+		break;
+	case EAGAIN:	/* it is about to discard more: whoever waits asks again */
+	case ENOENT:
+		was_there = true;
+		break;
+	case ENOMEM:
+	case ENOSPC:
+		damaged(p, (uint32_t)(offset / CHUNK), MC_PAGER_PLACE_FAILED, -err);
+		return PLACE_DAMAGED;
+	default:
+		return lose(p, s, err);
+	}
+	if (was_there)
+		(void)!pager_wake(s, offset, PAGE);
+	return PLACE_OK;
+}
+
+/* How many bytes from `offset` on, before `end`, the balloon has not had: their pages are the template's. */
+static uint64_t undiscarded(const struct mc_pager *p, uint64_t offset, uint64_t end)
+{
+	uint64_t from = offset;
+
+	while (offset < end && !is_discarded(p, offset))
+		offset += PAGE;
+	return offset - from;
+}
+
 enum placed pager_fill(struct mc_pager *p, struct source *s, uint32_t first, uint32_t count)
 {
 	uint64_t start = first * CHUNK, end = start + chunk_bytes(p, first, count), offset = start, covered = 0;
@@ -119,9 +166,20 @@ enum placed pager_fill(struct mc_pager *p, struct source *s, uint32_t first, uin
 			return PLACE_DAMAGED;
 		from = p->buffer;
 	}
-	while (offset < end && (length = pager_piece(s, &offset, end - offset, &address))) {
+	while (offset < end) {
+		uint64_t wanted = undiscarded(p, offset, end);
 		bool was_there = false;
-		int err = put(s, address, from ? from + (offset - start) : NULL, length, &was_there);
+		int err;
+
+		if (!wanted) {
+			offset += PAGE;
+			covered += PAGE;
+			continue;
+		}
+		length = pager_piece(s, &offset, wanted, &address);
+		if (!length)
+			break;
+		err = put(s, address, from ? from + (offset - start) : NULL, length, &was_there);
 
 		switch (-err) {
 		case 0:
@@ -135,13 +193,8 @@ enum placed pager_fill(struct mc_pager *p, struct source *s, uint32_t first, uin
 		case ENOSPC:
 			damaged(p, first, MC_PAGER_PLACE_FAILED, -err);
 			return PLACE_DAMAGED;
-		default:	/* ESRCH: the process has ended. Else its userfaultfd is not what it said */
-			if (err != -ESRCH) {
-				p->stats.lost++;
-				pager_notice(p, MC_PAGER_SOURCE_LOST);
-			}
-			pager_drop(p, s);
-			return PLACE_GONE;
+		default:
+			return lose(p, s, err);
 		}
 		/* Only what was copied woke its waiters. Those of a page that somebody else had filled, and those whom we
 		 * cannot help, look again. */

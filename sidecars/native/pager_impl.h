@@ -64,6 +64,24 @@ static inline uint8_t layer_of(const struct mc_pager *p, uint32_t chunk)
 	return p->config.layers[chunk];
 }
 
+#define CHUNK_PAGES (MC_PAGER_CHUNK / 4096)	/* divides the 64 bits of a word, so a chunk's are in one */
+
+/* The pages of a chunk that the balloon has had, a bit each. */
+static inline uint32_t discarded_of(const struct mc_pager *p, uint32_t chunk)
+{
+	uint64_t page = (uint64_t)chunk * CHUNK_PAGES;
+
+	if (!p->config.discarded)
+		return 0;
+	/* Acquire: nothing of what we then fill is read before. What is set later is ended by an event that we read later. */
+	return __atomic_load_n(&p->config.discarded[page / 64], __ATOMIC_ACQUIRE) >> page % 64 & ((1u << CHUNK_PAGES) - 1);
+}
+
+static inline bool is_discarded(const struct mc_pager *p, uint64_t offset)
+{
+	return discarded_of(p, (uint32_t)(offset / CHUNK)) >> offset % CHUNK / PAGE & 1;
+}
+
 /* Bytes of `count` chunks; the last one of memory may be short. */
 static inline uint64_t chunk_bytes(const struct mc_pager *p, uint32_t first, uint32_t count)
 {
@@ -92,6 +110,9 @@ void pager_mark_done(struct mc_pager *p, uint32_t chunk);
 /* Finds out from the memfd which chunks are done. 0, or -errno. */
 int pager_look(struct mc_pager *p);
 bool pager_present(const struct mc_pager *p, uint64_t offset);
+
+/* A page that was discarded is touched again: it is zero. */
+enum placed pager_empty(struct mc_pager *p, struct source *s, uint64_t offset);
 
 /* How many chunks from `first` on, at most RUN and before `end`, can be filled at once: missing, and of one layer. */
 uint32_t pager_run_length(const struct mc_pager *p, uint32_t first, uint32_t end);

@@ -59,7 +59,9 @@ static enum placed fault(struct mc_pager *p, struct source *s, uint64_t address)
 		return PLACE_PARTLY;
 	}
 	chunk = (uint32_t)(offset / CHUNK);
-	if (is_done(p, chunk) && pager_present(p, offset & ~(PAGE - 1))) {
+	if (is_discarded(p, offset) && !pager_present(p, offset & ~(PAGE - 1))) {
+		placed = pager_empty(p, s, offset & ~(PAGE - 1));
+	} else if ((is_done(p, chunk) || is_discarded(p, offset)) && pager_present(p, offset & ~(PAGE - 1))) {
 		/* It asked before it was there, or a wake-up was lost with our predecessor. */
 		(void)!pager_wake(s, chunk * CHUNK, chunk_bytes(p, chunk, 1));
 		p->stats.woken++;
@@ -91,8 +93,10 @@ static bool faults(struct mc_pager *p, struct source *s)
 	for (size_t i = 0; i < (size_t)size / sizeof(messages[0]); i++) {
 		enum placed placed;
 
+		if (messages[i].event == UFFD_EVENT_REMOVE)
+			p->stats.removals++;	/* that it was read is all it is for: see balloon.h */
 		if (messages[i].event != UFFD_EVENT_PAGEFAULT)
-			continue;	/* of a kind that no process of ours asks for */
+			continue;
 		placed = fault(p, s, messages[i].arg.pagefault.address);
 		if (placed == PLACE_DAMAGED)
 			return false;

@@ -9,8 +9,9 @@
 
 int mc_uffd_open(int device_fd)
 {
-	/* MISSING_SHMEM: what we need, and a kernel that does not know it says EINVAL. */
-	struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_MISSING_SHMEM};
+	/* What we need; a kernel that does not know it says EINVAL. EVENT_REMOVE is the balloon's (balloon.h): nobody else
+	 * discards pages, so for nobody else it means anything. */
+	struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_EVENT_REMOVE};
 	const int flags = O_CLOEXEC | O_NONBLOCK;
 	int fd = device_fd >= 0 ? ioctl(device_fd, USERFAULTFD_IOC_NEW, flags) : (int)syscall(SYS_userfaultfd, flags);
 

@@ -7,8 +7,8 @@
  * itself (KVM's for a vCPU, io_uring's, a read() into guest memory) count: a userfaultfd of user-mode faults only would
  * make those fail.
  *
- * No hole is ever punched into guest memory, so no UFFD_EVENT_REMOVE is asked for; whoever writes a balloon has to, or
- * the pager brings back the template's bytes where the guest gave up a page.
+ * Whoever punches a hole into guest memory has to say so, or the pager brings back the template's bytes where the guest gave
+ * up a page: balloon.h says how.
  */
 #ifndef MC_UFFD_H
 #define MC_UFFD_H

@@ -79,7 +79,11 @@ def open_pager(boot: m.Boot, fds: dict[str, int]) -> tuple[Pager, bool]:
     layers = [fds[f"template.{n}"] for n in range(role.parents + 1)]
     ahead = read_working_set(fds["working-set"], len(state.layers)) if "working-set" in fds else None
     record = ahead is None and not role.eager
-    return Pager(state, fds["memory"], layers, start=role.start, ahead=ahead or (), record=record), role.eager
+    discarded = fds.get("discarded", -1)
+    pager = Pager(
+        state, fds["memory"], layers, start=role.start, ahead=ahead or (), record=record, discarded=discarded
+    )
+    return pager, role.eager
 
 
 def read_working_set(fd: int, memory_chunks: int) -> list[int] | None:

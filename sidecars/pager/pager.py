@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import errno
+import mmap
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ COUNTERS = (
     "stray",  # faults at addresses that the process had not told of
     "lost",  # processes that could not be served any more, though they had not ended
     "left",  # chunks of the template that are not there yet
+    "emptied",  # faults in pages that the balloon had had
+    "removals",  # holes that the balloon was about to punch
     "slowest_ns",  # a fault's time from being read to being answered
 )
 
@@ -62,6 +65,7 @@ class Pager:
         start: int = 0,
         ahead: Sequence[int] = (),
         record: bool = False,
+        discarded: int = -1,
     ) -> None:
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         self.event_fd = os.eventfd(0, flags)  # readable: see notices()
@@ -83,6 +87,12 @@ class Pager:
         chunks = ffi.new("uint32_t[]", list(ahead))
         config.ahead, config.n_ahead = chunks, len(chunks)
         config.record = record
+        config.discarded = ffi.NULL
+        if discarded >= 0:
+            self._discarded = mmap.mmap(discarded, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+            if len(self._discarded) * 8 < template.memory_size // 4096:
+                raise ValueError(f"a bitmap of {len(self._discarded)} bytes is too short for guest memory")
+            config.discarded = ffi.cast("uint64_t *", ffi.from_buffer(self._discarded))
         self._pager = lib.mc_pager_new(config)
         if self._pager == ffi.NULL:
             raise ValueError(f"the template and the machine's memory do not fit: {os.strerror(ffi.errno)}")

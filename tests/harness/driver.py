@@ -39,9 +39,13 @@ class LostInterrupt(AssertionError):
 class Memory:
     """Guest RAM: a sealed memfd, mapped, with an allocator of power-of-two sizes, and its dirty log. Owns both fds."""
 
-    def __init__(self, size: int = 16 << 20, regions: Sequence[Region] | None = None) -> None:
+    def __init__(
+        self, size: int = 16 << 20, regions: Sequence[Region] | None = None, *, huge_pages: bool = False
+    ) -> None:
+        """``huge_pages``: the memfd is made of those, which have to be there."""
         self.regions = list(regions) if regions else layout(size)
-        self.fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        kind = os.MFD_HUGETLB if huge_pages else 0
+        self.fd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | kind)
         os.ftruncate(self.fd, max(r.offset + r.size for r in self.regions))
         self.map = GuestMemory(self.fd, self.regions)
         self.dirty_fd = os.memfd_create("dirty", os.MFD_CLOEXEC)

@@ -27,7 +27,16 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "guests" / "linux"
 ROOTFS_SIZE = 64 << 20
 """Bytes; sparse, a few MiB are used."""
 
-MODULES = ["virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "button", "evdev"]
+MODULES = [
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_console",
+    "virtio-rng",
+    "virtio_balloon",
+    "button",
+    "evdev",
+]
 
 ON_DEMAND = ["virtiofs"]
 """In the initramfs as well, for tests that load them, in the order of the lines of /modules/on_demand."""

@@ -33,6 +33,8 @@ _BITS = {
 }
 _SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "Hello.queue_sizes": st.lists(st.sampled_from([1 << n for n in range(16)]), max_size=8).map(tuple),
+    "Hello.config": st.binary(min_size=4, max_size=64),
+    "Hello.config_kinds": st.lists(st.integers(0, 2), max_size=4).map(bytes),
     "Queue.size": st.sampled_from([1 << n for n in range(16)]),
     "NetBoot.mac": st.binary(min_size=6, max_size=6),
 }

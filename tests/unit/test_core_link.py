@@ -62,9 +62,11 @@ def bench() -> Iterator[Bench]:
 
 
 def test_activate_says_what_the_driver_set_up(bench: Bench) -> None:
-    bench.link.activate(5, {1: Queue(256, 64, True, 0x1000, 0x2000, 0x3000)})
+    bench.link.activate(5, {1: Queue(256, 64, True, 0x1000, 0x2000, 0x3000)}, b"kept")
     bench.run_until_asked(1)
-    assert bench.server.asked[0][0] == messages.Activate(5, (messages.Queue(1, 64, 0x1000, 0x2000, 0x3000),))
+    assert bench.server.asked[0][0] == messages.Activate(
+        5, (messages.Queue(1, 64, 0x1000, 0x2000, 0x3000),), config=b"kept"
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_activate_says_what_the_driver_set_up(bench: Bench) -> None:
     ],
 )
 def test_silence_and_refusal_have_it_killed(bench: Bench, outcome: Any, word: str) -> None:
-    bench.link.activate(0, {})
+    bench.link.activate(0, {}, b"")
     bench.run_until_asked(1)
     bench.server.asked[0][1](outcome)
     assert len(bench.killed) == 1

@@ -84,6 +84,8 @@ def test_too_long_a_frame_is_refused_before_it_is_read() -> None:
         (dataclasses.replace(HELLO, device_id="é" * 33), "deviceId"),  # 66 bytes in 33 characters
         (dataclasses.replace(HELLO, config=bytes(schema.MAX_CONFIG + 1)), "config"),
         (dataclasses.replace(HELLO, queue_sizes=(1,) * (schema.MAX_QUEUES + 1)), "queueSizes"),
+        (dataclasses.replace(HELLO, config_kinds=b"\1\3"), "kinds"),
+        (dataclasses.replace(HELLO, config_kinds=b"\1\2\0"), "kinds"),
         (dataclasses.replace(HELLO, queue_sizes=(3,)), "power of two"),
         (dataclasses.replace(HELLO, queue_sizes=(0,)), "power of two"),
         (dataclasses.replace(HELLO, pid=1 << 32), "out-of-range"),

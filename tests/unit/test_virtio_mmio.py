@@ -23,7 +23,7 @@ class Recorder:
         self.reset_may_end = threading.Event()
         self.reset_may_end.set()
 
-    def activate(self, features: int, queues: dict[int, Queue]) -> None:
+    def activate(self, features: int, queues: dict[int, Queue], config: bytes) -> None:
         self.calls.append(("activate", features, sorted(queues)))
         self.queues = dict(queues)
 

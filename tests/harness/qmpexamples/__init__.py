@@ -10,11 +10,13 @@ own. A group that needs drivers, which the micro-guest has not, says ``guests=("
 
 from __future__ import annotations
 
-from harness.qmpexamples import hotplug, inspecting, running, snapshots
+from harness.qmpexamples import balloon, hotplug, inspecting, running, snapshots
 from harness.qmpexamples.example import Group
 
 GROUPS: tuple[Group, ...] = (
     inspecting.GROUP,
+    balloon.WITHOUT_DRIVER,
+    balloon.GROUP,
     running.GROUP,
     hotplug.GROUP,
     snapshots.GROUP,

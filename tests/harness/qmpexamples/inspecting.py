@@ -129,7 +129,6 @@ GROUP = Group(
         ),
         Example("human-monitor-command", {"command-line": "savevm x"}, answer="unknown command: 'savevm'\r\n"),
         Example("query-chardev", answer=Each({"label": str, "filename": str, "frontend-open": bool})),
-        Example("query-balloon", error="DeviceNotActive", desc="No balloon device has been activated"),
         Example("query-nonsense", error="CommandNotFound", desc="The command query-nonsense has not been found"),
     ],
 )
