@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 DEADLINE_MS = 10_000  # generous: a sidecar answers in under a millisecond unless its backend hangs
 PING_MS = 30_000  # a host short of memory or processors is no reason to lose a disk
+DEBUG_MS = 24 * 3_600_000  # whoever is at its prompt may be thinking
 STATS_MS = 3_000  # somebody waits for them at a terminal
 SHUTDOWN_MS = 30_000  # flushing a disk's cache may take long
 QUIESCE_MS = 30_000  # requests in flight are finished first
@@ -62,6 +63,7 @@ class SidecarLink:
         self.state = LinkState.WAITING
         self.gone_reason = ""
         self.paused = False  # by a person: it stays quiet over snapshots
+        self.debug = False  # a person may hold its main thread, at a prompt, as long as they like
         self.last_stats: messages.StatsReport | None = None
         self.whole_memory = False  # all of guest memory must be there before it runs
         self._loop = loop
@@ -102,6 +104,8 @@ class SidecarLink:
         """Asks; a time-out or an error answer has the sidecar killed."""
         if self.state is LinkState.GONE:
             return
+        if self.debug:
+            deadline_ms = DEBUG_MS
         what = type(body).__name__.lower()
 
         def answered(outcome: Outcome) -> None:
@@ -243,8 +247,11 @@ class SidecarLink:
 
         def answered(outcome: Outcome) -> None:
             if isinstance(outcome, Timeout):
-                # Unless a debugger holds it, which the supervisor can see.
-                self._kill(self.device_id, f"no sign of life for {PING_MS / 1000:g} s", unless_traced=True)
+                if self.debug:
+                    log.warning("%s: no sign of life, but somebody may be at its prompt", self.device_id)
+                else:
+                    # Unless a debugger holds it, which the supervisor can see.
+                    self._kill(self.device_id, f"no sign of life for {PING_MS / 1000:g} s", unless_traced=True)
 
         self._server.request(self.device_id, messages.Ping(), PING_MS, answered)
 

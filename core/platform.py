@@ -98,6 +98,7 @@ class Platform:
             self.links[slot.device_id] = SidecarLink(
                 slot.device_id, slot.kind, slot.pid, loop, server, guest.kill_sidecar
             )
+            self.links[slot.device_id].debug = slot.debug
             server.expect(slot.device_id, slot.pid)
             if slot.index != NO_SLOT:
                 name = slot.device_id

@@ -30,6 +30,9 @@ class Mac(bytes):
 Id = Annotated[str, Meta(pattern=ID_PATTERN, description="Letters, digits, - _ and ., at most 31; unique.")]
 
 
+_DEBUG = "A Python prompt in this device's sidecar: vmmctl sidecar debug. Whoever reaches it can do all that it can."
+
+
 class _Part(msgspec.Struct, forbid_unknown_fields=True):
     """Strict everywhere: a misspelt key is an error, never ignored."""
 
@@ -76,6 +79,7 @@ class Disk(_Part):
         Literal["auto", "io_uring", "sync"], Meta(description="How the host does the I/O; auto: io_uring if allowed.")
     ] = "auto"
     slot: Slot = None
+    debug: Annotated[bool, Meta(description=_DEBUG)] = False
 
 
 class Net(_Part):
@@ -101,6 +105,7 @@ class Net(_Part):
         list[str], Meta(description="user only: [udp:][ADDRESS:]HOSTPORT:GUESTPORT, e.g. 127.0.0.1:8080:80.")
     ] = []
     slot: Slot = None
+    debug: Annotated[bool, Meta(description=_DEBUG)] = False
 
     @property
     def mode(self) -> Literal["tap", "user", "link", "unplugged"]:
@@ -131,17 +136,18 @@ class Console(_Part):
     scrollback: Annotated[Size, Meta(description="Bytes kept for a console that attaches late.")] = msgspec.field(
         default_factory=lambda: Size(1 << 20)
     )
+    debug: Annotated[bool, Meta(description=_DEBUG)] = False
 
 
 class Kit:
     """A device of a kind that is none of the above: rng, or one that an installed package brings (sidecars/kinds.py).
 
-    In YAML one mapping: ``id``, ``kind``, and what the kind understands. ``options`` are checked in config.py, since
-    that takes the kind's own code.
+    In YAML one mapping: ``id``, ``kind``, perhaps ``debug``, and what the kind understands. ``options`` are checked in
+    config.py, since that takes the kind's own code.
     """
 
-    def __init__(self, id: str, kind: str, options: dict[str, Any]) -> None:
-        self.id, self.kind, self.options = id, kind, options
+    def __init__(self, id: str, kind: str, options: dict[str, Any], debug: bool = False) -> None:
+        self.id, self.kind, self.options, self.debug = id, kind, options, debug
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Kit) and self.plain() == other.plain()
@@ -153,7 +159,7 @@ class Kit:
 
     def plain(self) -> dict[str, Any]:
         """As machine.yaml has it."""
-        return {"id": self.id, "kind": self.kind, **self.options}
+        return {"id": self.id, "kind": self.kind, **({"debug": True} if self.debug else {}), **self.options}
 
 
 class Removed(_Part):
@@ -259,7 +265,11 @@ def schema() -> dict[str, Any]:
         Kit: {
             "type": "object",
             "description": "A device of another kind, and what that kind understands (docs/machine-yaml.md).",
-            "properties": {"id": {"type": "string", "pattern": ID_PATTERN}, "kind": {"type": "string"}},
+            "properties": {
+                "id": {"type": "string", "pattern": ID_PATTERN},
+                "kind": {"type": "string"},
+                "debug": {"type": "boolean", "description": _DEBUG},
+            },
             "required": ["id", "kind"],
         },
         Mac: {"type": "string", "pattern": "^([0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}$"},
@@ -322,7 +332,11 @@ def parse_kit(value: object) -> Kit:
         if not re.fullmatch(ID_PATTERN, value[key]):
             raise ValueError(f"{key} {shown(value[key])}: letters, digits, - _ and . only, at most 31, the first a "
                              "letter or digit")  # fmt: skip
-    return Kit(value["id"], value["kind"], {k: v for k, v in value.items() if k not in ("id", "kind")})
+    debug = value.get("debug", False)
+    if not isinstance(debug, bool):
+        raise ValueError(f"debug: expected true or false, got {shown(debug)}")
+    options = {k: v for k, v in value.items() if k not in ("id", "kind", "debug")}
+    return Kit(value["id"], value["kind"], options, debug)
 
 
 def shown(value: object) -> str:

@@ -5,7 +5,9 @@ What happens when one of them says something or ends is supervisor.py's.
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from motorcade.orchestrator import pagers
 from motorcade.orchestrator.pagers import PagerKeeper
-from motorcade.orchestrator.resources import NO_SLOT, Resources, slot_info, slot_number
+from motorcade.orchestrator.resources import NO_SLOT, Device, Resources, slot_info, slot_number
 from motorcade.orchestrator.spawn import Child, Helper, Main, load_main, load_mains, spawn
 from motorcade.proto import boot, schema
 from motorcade.proto.versions import PROTOCOL_VERSION
@@ -50,13 +52,15 @@ class Processes:
         copy every page of it in every child."""
         kinds = {device.kind for device in self.resources.devices}
         self._mains = load_mains(kinds | ({"pager"} if self.resources.incoming is not None else set()))
+        if any(device.debug for device in self.resources.devices):
+            importlib.import_module("motorcade.sidecars.prompt")
         gc.collect()
         gc.freeze()
 
     def fork_all(self) -> None:
         """The sidecars first: the core's Boot names their pids."""
         for device in self.resources.devices:
-            self.sidecars[device.id] = self._fork(device.role, device.id, self._mains[device.kind])
+            self.sidecars[device.id] = self._fork(device.role, device.id, self._main(device))
         if self.resources.incoming is not None and not self.resources.in_place:
             self.pager = PagerKeeper(
                 lambda: self._fork(pagers.ID, pagers.ID, self._mains["pager"]),
@@ -69,15 +73,20 @@ class Processes:
 
     def add_sidecar(self, device: Device) -> Child:
         """Of a device that has come to a machine which is there. Errors: OSError."""
-        main = self._mains.get(device.kind)
-        if main is None:
-            main = self._mains[device.kind] = load_main(device.kind)
-        child = self.sidecars[device.id] = self._fork(device.role, device.id, main)
+        if device.kind not in self._mains:
+            self._mains[device.kind] = load_main(device.kind)
+        child = self.sidecars[device.id] = self._fork(device.role, device.id, self._main(device))
         return child
 
     def boot_sidecar(self, device: Device, *, incoming: bool) -> None:
         """Its Boot. ``incoming``: it starts quiesced."""
         self._send_boot(self.sidecars[device.id], device.boot, self.resources.sidecar_fds(device), incoming=incoming)
+
+    def _main(self, device: Device) -> Main:
+        """What its sidecar runs. One that is to be debugged is never a process that was prepared: that one's sandbox
+        closed before it could load its prompt."""
+        main = self._mains[device.kind]
+        return functools.partial(main) if device.debug else main
 
     def _fork(self, role: str, device_id: str, main: Main) -> Child:
         """A child, watched."""
@@ -105,7 +114,7 @@ class Processes:
         assert self.core is not None
         machine, resources, incoming = self.machine, self.resources, self.resources.incoming
         slots = [
-            schema.Slot(d.id, d.kind, slot_number(d), d.queues, self.sidecars[d.id].pid, slot_info(d))
+            schema.Slot(d.id, d.kind, slot_number(d), d.queues, self.sidecars[d.id].pid, slot_info(d), d.debug)
             for d in resources.devices
         ]
         if self.pager is not None and self.pager.child is not None:

@@ -56,6 +56,7 @@ class Device:
     call: int = -1
     isr: int = -1
     watch: int = -1  # counters and events, for whoever looks
+    debug: bool = False  # a prompt in its sidecar
     backend: str = ""  # for a person
     info: dict[str, Any] = field(default_factory=dict)  # for QMP's query-block and the like
     locks: tuple[dict[str, Any], ...] = ()
@@ -208,6 +209,8 @@ class Resources:
     def _add(self, device: Device, chosen: int | None = None) -> None:
         """Gives a device what its sidecar is watched through, and one on virtio its slot, doorbells and interrupt."""
         device.watch = self._own(watch.make(device.id))
+        if device.debug:
+            device.fds["debug"] = self._listen(self.run.path / f"debug-{device.id}.sock")
         if device.slot is not None:
             first = FIRST_SLOT.get(device.kind, KIT_SLOT)
             taken = {d.slot for d in self.devices} | self._chosen_slots()
@@ -337,7 +340,8 @@ class Resources:
         shown += " (read-only)" if disk.readonly else ""
         if opened.overlay is not None:
             shown += " + what this run writes" if opened.unnamed else f" + overlay {opened.written}"
-        return Device(disk.id, "blk", boot, fds, disk.queues, 0, backend=shown, info=info, locks=opened.locks)
+        return Device(disk.id, "blk", boot, fds, disk.queues, 0, backend=shown, info=info,
+                      locks=opened.locks, debug=disk.debug)  # fmt: skip
 
     def open_net(self, net: Net, taps: Sequence[int] = ()) -> Device:
         """Opens a NIC's other side; it has no slot yet. ``taps``: queues of the tap, open already; taken.
@@ -371,7 +375,9 @@ class Resources:
         boot = NetBoot(net.id, bytes(net.mac), net.queues, backend, net.mtu or 0)
         info = {"mac": str(net.mac), "backend": backend, "ifname": net.tap}
         # A pair a queue pair, and the control queue (virtio 1.2, 5.1.2).
-        return Device(net.id, "net", boot, fds, 2 * net.queues + 1, 0, backend=shown, info=info)
+        return Device(
+            net.id, "net", boot, fds, 2 * net.queues + 1, 0, backend=shown, info=info, debug=net.debug
+        )
 
     def _serial(self, console: Console) -> Device:
         path = self.run.path / f"console-{console.id}.sock"
@@ -391,11 +397,11 @@ class Resources:
         boot = SerialBoot(console.id, console.type, backend, int(console.scrollback))
         info = {"label": console.id, "filename": shown, "frontend-open": True}
         if console.type == "virtio":
-            return Device(console.id, "serial", boot, fds, 2, 0, backend=shown, info=info)
+            return Device(console.id, "serial", boot, fds, 2, 0, backend=shown, info=info, debug=console.debug)
         self.shared["uart.ring"] = self._own(sealed_memfd("uart-ring", uart_ring_size()))
         self.shared["uart.tx"] = self._own(eventfd())
         self.shared["uart.rx"] = self._own(eventfd())
-        return Device(console.id, "serial", boot, fds, backend=shown, info=info)
+        return Device(console.id, "serial", boot, fds, backend=shown, info=info, debug=console.debug)
 
     def _kit(self, kit: Kit) -> Device:
         from motorcade.sidecars import kinds
@@ -420,7 +426,9 @@ class Resources:
         shown = " ".join([kit.kind, *(f"{key}={value}" for key, value in kit.options.items())])
         boot = KitBoot(kit.id, kit.kind, options)
         info = {"options": kit.options}
-        return Device(kit.id, kit.kind, boot, fds, queues, 0, backend=shown, info=info, connection=connection)
+        return Device(
+            kit.id, kit.kind, boot, fds, queues, 0, backend=shown, info=info, connection=connection, debug=kit.debug
+        )
 
     def _balloon(self, kit: Kit) -> Device:
         device = self._kit(kit)

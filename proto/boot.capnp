@@ -66,6 +66,7 @@ struct Slot {
   queues @3 :UInt16;        # how many queues have kick descriptors
   pid @4 :UInt32;           # of its sidecar
   info @5 :Text;            # JSON: what query-block, query-chardev and the like answer about the backend
+  debug @6 :Bool;           # somebody may be at a prompt in its sidecar: it answers when it likes
 }
 
 struct BlkBoot {

@@ -327,6 +327,7 @@ class Slot:
     queues: int
     pid: int
     info: Json = "{}"
+    debug: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ class Device(abc.ABC):
 
     def inject(self, what: Inject) -> None:
         """Faults, for testing guests: from now on, while ``run`` may run. ValueError: not these, or none at all."""
-        raise ValueError(f"a {type(self).__name__} cannot fail or delay requests")
+        raise ValueError("this kind of device has no faults to inject")
 
     def broken_queues(self) -> list[BrokenQueue]:
         """The queues that are broken now. The runtime announces each once an activation."""

@@ -80,6 +80,10 @@ class Sidecar:
         register(self._term_fd, selectors.EVENT_READ, self.on_term)
         for fd, callback in self.device.fileno_events().items():
             register(fd, selectors.EVENT_READ, lambda callback=callback: self.on_kind_event(callback))
+        if "debug" in self.device.fds:
+            from motorcade.sidecars.prompt import Prompt
+
+            self.prompt = Prompt(self.device.fds["debug"], self, self._selector)
         while self.exit_status is None:
             for key, _ in self._selector.select():
                 key.data()

@@ -7,6 +7,7 @@ from typing import Any
 
 from motorcade.orchestrator.commands import (
     sidecar_act,
+    sidecar_debug,
     sidecar_ls,
     sidecar_new,
     sidecar_sandbox,
@@ -23,6 +24,8 @@ examples:
   vmmctl sidecar sandbox web root         what it may do, as the kernel has it
   vmmctl sidecar pause web root           it comes to rest; the guest waits
   vmmctl sidecar resume web root          and goes on
+  vmmctl sidecar inject web root --fail 1 its next request fails
+  vmmctl sidecar debug web root           a Python prompt inside it; --gdb, --py-spy
 docs/looking-in.md says what the numbers mean.
 """
 
@@ -37,5 +40,13 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub = p.add_subparsers(dest="sidecar_command", metavar="COMMAND", required=True)
-    for module in (sidecar_ls, sidecar_stats, sidecar_trace, sidecar_act, sidecar_sandbox, sidecar_new):
+    for module in (
+        sidecar_ls,
+        sidecar_stats,
+        sidecar_trace,
+        sidecar_act,
+        sidecar_debug,
+        sidecar_sandbox,
+        sidecar_new,
+    ):
         module.add_parser(sub)

@@ -21,7 +21,7 @@ from motorcade.sidecars.blk import overlay
 
 if TYPE_CHECKING:
     from motorcade.proto.memory import GuestMemory
-    from motorcade.proto.messages import Boot
+    from motorcade.proto.messages import Boot, Inject
 
 log = logging.getLogger("motorcade.blk")
 
@@ -33,6 +33,14 @@ OPERATIONS = {
     lib.VIRTIO_BLK_T_DISCARD: "discard",
     lib.VIRTIO_BLK_T_WRITE_ZEROES: "write zeroes",
 }
+INJECTED = {
+    "read": lib.MC_BLK_INJECT_READ,
+    "write": lib.MC_BLK_INJECT_WRITE,
+    "flush": lib.MC_BLK_INJECT_FLUSH,
+    "discard": lib.MC_BLK_INJECT_DISCARD,
+}
+STATUSES = {"": lib.VIRTIO_BLK_S_OK, "ioerr": lib.VIRTIO_BLK_S_IOERR, "unsupp": lib.VIRTIO_BLK_S_UNSUPP}
+MAX_DELAY = (1 << 24) - 1  # milliseconds
 WCE_OFFSET = ffi.offsetof("struct virtio_blk_config", "wce")
 STATE_VERSION = 1
 _STATE = struct.Struct(
@@ -186,6 +194,19 @@ class BlkDevice(base.Device):
         # Only the cache mode is writable, a byte (virtio 1.2, section 5.2.4.2).
         if offset == WCE_OFFSET and len(data) == 1 and not self.role.readonly:
             lib.mc_blk_set_writeback(self._blk, data != b"\0")
+
+    def inject(self, what: Inject) -> None:
+        """Requests of these kinds fail as if the host had failed them, or wait, or both. A stop lets none wait."""
+        if what.operation != "any" and what.operation not in INJECTED:
+            raise ValueError(f"a disk has no {what.operation} requests (any, {', '.join(INJECTED)})")
+        if what.status not in STATUSES:
+            raise ValueError(f"a disk does not answer {what.status} (ioerr, unsupp)")
+        if what.delay_ms > MAX_DELAY:
+            raise ValueError(f"the longest delay is {MAX_DELAY} ms")
+        if what.count and not what.status and not what.delay_ms:
+            raise ValueError("neither a status nor a delay: nothing would happen")
+        ops = sum(INJECTED.values()) if what.operation == "any" else INJECTED[what.operation]
+        lib.mc_blk_inject(self._blk, ops, what.count, STATUSES[what.status], what.delay_ms)
 
     def _log_failures(self) -> None:
         """One line a second at most: a guest can ask a full disk to be written to as often as it likes."""

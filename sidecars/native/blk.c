@@ -244,6 +244,8 @@ int mc_blk_run(struct mc_blk *b)
 	while (!err) {
 		bool stop = __atomic_load_n(&b->stop, __ATOMIC_ACQUIRE), more = false;
 
+		if (b->delayed)
+			blk_inject_due(b, stop);
 		for (uint16_t i = 0; i < b->p.queues && !stop; i++) {
 			if (b->queues[i].active)
 				more |= blk_queue_poll(b, &b->queues[i]);

@@ -40,7 +40,7 @@ struct mc_blk_params {
 };
 struct mc_blk_counters {
 	uint64_t reads, writes, flushes, discards, write_zeroes, refused, io_errors, last_error, last_error_type,
-		last_error_offset, bounced, copied, overlay_blocks, syncs, wakeups;
+		last_error_offset, bounced, copied, overlay_blocks, syncs, wakeups, injected;
 	...;
 };
 struct virtio_blk_config {
@@ -68,4 +68,6 @@ int mc_blk_run(struct mc_blk *b);
 void mc_blk_stop(struct mc_blk *b);
 void mc_blk_reset(struct mc_blk *b);
 void mc_blk_set_writeback(struct mc_blk *b, bool on);
+enum { MC_BLK_INJECT_READ, MC_BLK_INJECT_WRITE, MC_BLK_INJECT_FLUSH, MC_BLK_INJECT_DISCARD, ... };
+void mc_blk_inject(struct mc_blk *b, uint32_t ops, uint32_t count, uint8_t status, uint32_t delay_ms);
 int mc_blk_sync(struct mc_blk *b);

@@ -5,6 +5,7 @@
  *   blk_req.c      from a chain to a request        blk_sync.c     I/O through preadv and pwritev
  *   blk_io.c       reads, writes, zeroing           blk_overlay.c  the copy-on-write layer (docs/overlay-format.md)
  *   blk_flush.c    what makes writes permanent      blk_geometry.c sizes and alignments of the backend
+ *   blk_inject.c   faults on request
  */
 #ifndef MC_BLK_H
 #define MC_BLK_H
@@ -63,6 +64,7 @@ struct mc_blk_counters {
 	uint64_t overlay_blocks;	/* that hold data now */
 	uint64_t syncs;			/* rounds of fdatasync */
 	uint64_t wakeups;		/* of the data thread */
+	uint64_t injected;		/* requests that were failed or delayed on request */
 };
 
 struct mc_blk;
@@ -90,6 +92,10 @@ void mc_blk_stop(struct mc_blk *b);
 void mc_blk_reset(struct mc_blk *b);
 /* The driver's choice of cache mode (VIRTIO_BLK_F_CONFIG_WCE). Any time. */
 void mc_blk_set_writeback(struct mc_blk *b, bool on);
+/* Has the next `count` requests of these kinds (0: none any more) wait delay_ms, at most 2^24 - 1, and then be answered with
+ * a status other than OK, if one is given. Any time. */
+enum { MC_BLK_INJECT_READ = 1, MC_BLK_INJECT_WRITE = 2, MC_BLK_INJECT_FLUSH = 4, MC_BLK_INJECT_DISCARD = 8 };
+void mc_blk_inject(struct mc_blk *b, uint32_t ops, uint32_t count, uint8_t status, uint32_t delay_ms);
 /* Makes all completed writes permanent; the overlay file then holds the disk as it is. Not while mc_blk_run() runs. Returns 0
  * or an errno; the device can go on either way. */
 int mc_blk_sync(struct mc_blk *b);

@@ -54,6 +54,9 @@ struct blk_req {
 	int error;
 	uint32_t inflight;		/* ops */
 	uint64_t off, len, pos;		/* bytes of the disk; pos: where the next window begins, from off */
+	uint64_t sector, bytes_in, bytes_out;	/* as the driver has it, without header and status byte */
+	uint64_t due;			/* of a delayed one: mc_watch_now() */
+	uint8_t inject_status;		/* of one that is to fail, later perhaps; else 0 */
 	uint8_t *status;
 	uint8_t *bounce;
 	struct blk_req *next;		/* a free list or a waiting list; a request is on one at most */
@@ -137,6 +140,8 @@ struct mc_blk {
 	struct blk_overlay ov;
 	struct blk_flush flush;
 	struct mc_blk_counters counters;
+	uint64_t inject;		/* atomic: blk_inject.c; 0: nothing */
+	struct blk_req *delayed, *last_delayed;	/* by due */
 };
 
 static inline bool blk_has_overlay(const struct mc_blk *b) { return b->p.overlay.fd >= 0; }
@@ -152,7 +157,16 @@ int blk_geometry(struct mc_blk *b, char *error);
 bool blk_queue_ready(const struct mc_blk *b, const struct blk_queue *q);
 bool blk_queue_poll(struct mc_blk *b, struct blk_queue *q);
 void blk_req_finish(struct mc_blk *b, struct blk_req *r);
+void blk_req_begin(struct mc_blk *b, struct blk_req *r);
+void blk_req_refuse(struct mc_blk *b, struct blk_req *r, uint8_t status);
 void blk_req_complete(struct mc_blk *b, struct blk_req *r, uint8_t status, uint32_t in_len);
+
+/* blk_inject.c. Whether the request fails or waits, instead of being begun now. */
+bool blk_inject(struct mc_blk *b, struct blk_req *r);
+/* Goes on with those whose time has come, or with all. */
+void blk_inject_due(struct mc_blk *b, bool all);
+/* Nanoseconds until the first one's time comes; there is one. */
+uint64_t blk_inject_wait(const struct mc_blk *b);
 
 /* blk_io.c */
 void blk_io_begin(struct mc_blk *b, struct blk_req *r);

@@ -49,7 +49,7 @@ void blk_req_complete(struct mc_blk *b, struct blk_req *r, uint8_t status, uint3
 	b->requests--;
 }
 
-static void refuse(struct mc_blk *b, struct blk_req *r, uint8_t status)
+void blk_req_refuse(struct mc_blk *b, struct blk_req *r, uint8_t status)
 {
 	b->counters.refused++;
 	blk_req_complete(b, r, status, r->in_len == 1 ? 1 : 0);
@@ -77,7 +77,7 @@ void blk_req_finish(struct mc_blk *b, struct blk_req *r)
 	}
 	/* A discard is advice that this host cannot take. */
 	if (r->error == EOPNOTSUPP && r->type == VIRTIO_BLK_T_DISCARD) {
-		refuse(b, r, VIRTIO_BLK_S_UNSUPP);
+		blk_req_refuse(b, r, VIRTIO_BLK_S_UNSUPP);
 		return;
 	}
 	b->counters.io_errors++;
@@ -120,7 +120,7 @@ static void start_rw(struct mc_blk *b, struct blk_req *r, uint64_t sector, uint6
 	bool out = r->type == VIRTIO_BLK_T_OUT;
 
 	if (!in_range(b, r, sector, bytes) || (out && b->p.readonly)) {
-		refuse(b, r, VIRTIO_BLK_S_IOERR);
+		blk_req_refuse(b, r, VIRTIO_BLK_S_IOERR);
 		return;
 	}
 	if (out)
@@ -137,22 +137,22 @@ static void start_range(struct mc_blk *b, struct blk_req *r, uint64_t bytes)
 	uint32_t flags, known = discard ? 0 : VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
 
 	if (!(b->features & (1ull << (discard ? VIRTIO_BLK_F_DISCARD : VIRTIO_BLK_F_WRITE_ZEROES)))) {
-		refuse(b, r, VIRTIO_BLK_S_UNSUPP);
+		blk_req_refuse(b, r, VIRTIO_BLK_S_UNSUPP);
 		return;
 	}
 	/* max_discard_seg and max_write_zeroes_seg are 1. */
 	if (bytes != sizeof(seg) || b->p.readonly) {
-		refuse(b, r, VIRTIO_BLK_S_IOERR);
+		blk_req_refuse(b, r, VIRTIO_BLK_S_IOERR);
 		return;
 	}
 	mc_iov_read(r->iov, r->niov, 0, &seg, sizeof(seg));
 	flags = seg.flags;
 	if (flags & ~known) {
-		refuse(b, r, VIRTIO_BLK_S_UNSUPP);
+		blk_req_refuse(b, r, VIRTIO_BLK_S_UNSUPP);
 		return;
 	}
 	if (seg.num_sectors > b->config.max_write_zeroes_sectors || !in_range(b, r, seg.sector, seg.num_sectors * 512ull)) {
-		refuse(b, r, VIRTIO_BLK_S_IOERR);
+		blk_req_refuse(b, r, VIRTIO_BLK_S_IOERR);
 		return;
 	}
 	r->zeroes = true;
@@ -186,6 +186,10 @@ static bool start(struct mc_blk *b, struct blk_req *r, const struct mc_chain *c)
 
 	uint64_t in = c->len_in - 1, out = c->len_out - sizeof(h);
 
+	r->sector = h.sector;
+	r->bytes_in = in;
+	r->bytes_out = out;
+
 	if (r->type == VIRTIO_BLK_T_IN || r->type == VIRTIO_BLK_T_GET_ID) {
 		r->iov = &r->chain[c->n_out];
 		r->niov = c->n_in - (last->iov_len == 0);
@@ -198,12 +202,22 @@ static bool start(struct mc_blk *b, struct blk_req *r, const struct mc_chain *c)
 		r->in_len = in ? 0 : 1;
 	}
 
+	/* Relaxed: blk_inject() looks again. */
+	if (!__builtin_expect(__atomic_load_n(&b->inject, __ATOMIC_RELAXED) != 0, 0) || !blk_inject(b, r))
+		blk_req_begin(b, r);
+	return true;
+}
+
+void blk_req_begin(struct mc_blk *b, struct blk_req *r)
+{
+	uint64_t in = r->bytes_in, out = r->bytes_out;
+
 	switch (r->type) {
 	case VIRTIO_BLK_T_IN:
-		start_rw(b, r, h.sector, in);
+		start_rw(b, r, r->sector, in);
 		break;
 	case VIRTIO_BLK_T_OUT:
-		start_rw(b, r, h.sector, out);
+		start_rw(b, r, r->sector, out);
 		break;
 	case VIRTIO_BLK_T_FLUSH:
 		b->counters.flushes++;
@@ -219,9 +233,8 @@ static bool start(struct mc_blk *b, struct blk_req *r, const struct mc_chain *c)
 		blk_req_complete(b, r, VIRTIO_BLK_S_OK, r->in_len);
 		break;
 	default:
-		refuse(b, r, VIRTIO_BLK_S_UNSUPP);
+		blk_req_refuse(b, r, VIRTIO_BLK_S_UNSUPP);
 	}
-	return true;
 }
 
 /* No slot: the driver has more in flight than the queue is long, which is its own loss. */

@@ -105,7 +105,9 @@ static int sync_wait(struct mc_blk *b, bool block)
 	struct sync *s = b->engine_state;
 	struct epoll_event events[MC_BLK_MAX_QUEUES + 1];
 	struct blk_op *op = s->head;
-	int n = epoll_wait(s->epoll, events, MC_BLK_MAX_QUEUES + 1, block && !op ? -1 : 0);
+	/* Rounded up, or it would spin for the rest of a millisecond; a delay is at most 2^24 of them. */
+	int patience = !block || op ? 0 : b->delayed ? (int)((blk_inject_wait(b) + 999999) / 1000000) : -1;
+	int n = epoll_wait(s->epoll, events, MC_BLK_MAX_QUEUES + 1, patience);
 
 	if (n < 0 && errno != EINTR)
 		return errno;

@@ -193,7 +193,20 @@ static int uring_wait(struct mc_blk *b, bool block)
 	struct uring *u = b->engine_state;
 	struct io_uring_cqe *cqe;
 	unsigned head, n = 0;
-	int err = 0, ret = block ? io_uring_submit_and_wait(&u->ring, 1) : io_uring_submit_and_get_events(&u->ring);
+	int err = 0, ret;
+
+	if (!block) {
+		ret = io_uring_submit_and_get_events(&u->ring);
+	} else if (!b->delayed) {
+		ret = io_uring_submit_and_wait(&u->ring, 1);
+	} else {
+		uint64_t ns = blk_inject_wait(b);
+		struct __kernel_timespec ts = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
+
+		ret = io_uring_submit_and_wait_timeout(&u->ring, &cqe, 1, &ts, NULL);
+		if (ret == -ETIME)
+			ret = 0;
+	}
 
 	/* EAGAIN and EBUSY: no room for completions, or no memory for requests, until some are taken. */
 	if (ret < 0 && ret != -EINTR && ret != -EAGAIN && ret != -EBUSY)

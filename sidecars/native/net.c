@@ -109,6 +109,24 @@ void mc_net_stop(struct mc_net *net)
 int mc_net_event_fd(const struct mc_net *net) { return net->event_fd; }
 void mc_net_watch(struct mc_net *net, struct mc_watch *watch) { net->watch = watch; }
 
+void mc_net_inject(struct mc_net *net, uint32_t rx, uint32_t tx)
+{
+	__atomic_store_n(&net->drop_rx, rx, __ATOMIC_RELAXED);
+	__atomic_store_n(&net->drop_tx, tx, __ATOMIC_RELAXED);
+}
+
+bool net_drop_one(struct mc_net *net, uint32_t *left)
+{
+	uint32_t n = __atomic_load_n(left, __ATOMIC_RELAXED);
+
+	do {
+		if (!n)
+			return false;
+	} while (!__atomic_compare_exchange_n(left, &n, n - 1, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+	net->counters.injected++;
+	return true;
+}
+
 uint64_t mc_net_features(const struct mc_net *net) { return net->offered; }
 
 void mc_net_get_status(const struct mc_net *net, struct mc_net_status *s)

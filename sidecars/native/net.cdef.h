@@ -10,6 +10,7 @@ struct mc_net_counters {
 	uint64_t segmented;
 	uint64_t link_refused;
 	uint64_t captured;
+	uint64_t injected;
 	...;
 };
 struct mc_net_status {
@@ -59,6 +60,7 @@ int mc_net_set_features(struct mc_net *net, uint64_t features);
 int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used,
 		     uint16_t last_avail, uint16_t used_idx, int error, int kick, int call);
 const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index);
+void mc_net_inject(struct mc_net *net, uint32_t rx, uint32_t tx);
 int mc_net_run(struct mc_net *net);
 void mc_net_stop(struct mc_net *net);
 void mc_net_reset(struct mc_net *net);

@@ -54,6 +54,7 @@ struct mc_net_counters {
 	uint64_t segmented;		/* packets segmented here, since the guest takes none that large */
 	uint64_t link_refused;		/* third parties turned away from a link */
 	uint64_t captured;
+	uint64_t injected;		/* frames dropped on request */
 };
 
 /* What the main thread asks after an event. */
@@ -98,6 +99,9 @@ int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t
 
 /* NULL: that queue is not set up. One that could not be, since its rings are not legal, has its error set. */
 const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index);
+
+/* Drops the next so many frames of each direction. Any time. */
+void mc_net_inject(struct mc_net *net, uint32_t rx, uint32_t tx);
 
 /* The loop. Returns 0 once mc_net_stop() was called and every popped chain is pushed or given back, or -errno when the
  * loop itself cannot go on. What the backend had in flight stays where it was, a link stays up: run again, it goes on. */

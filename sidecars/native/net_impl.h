@@ -124,6 +124,7 @@ struct mc_net {
 	const struct mc_mem *mem;
 	struct mc_isr *isr;
 	struct mc_watch *watch;		/* NULL: nobody watches */
+	uint32_t drop_rx, drop_tx;	/* atomic: so many frames yet, on request */
 	enum mc_net_backend backend;
 	uint16_t max_pairs;
 	uint16_t active_pairs;		/* shared */
@@ -149,6 +150,13 @@ struct mc_net {
 
 /* net.c */
 void net_event(struct mc_net *net);			/* wakes the main thread */
+/* Whether a frame is dropped on request. Off, it is a load and a branch. */
+bool net_drop_one(struct mc_net *net, uint32_t *left);
+static inline bool net_drops(struct mc_net *net, uint32_t *left)
+{
+	return __builtin_expect(__atomic_load_n(left, __ATOMIC_RELAXED) != 0, 0) && net_drop_one(net, left);
+}
+
 void net_queue_broken(struct mc_net *net, struct mc_vq *vq);
 void net_set_link(struct mc_net *net, bool up);
 void net_backend_lost(struct mc_net *net, int error);	/* no more I/O on the backend; the link is down */

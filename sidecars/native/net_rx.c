@@ -283,7 +283,7 @@ static enum rx_state rx_frames(struct mc_net *net, struct net_pair *p)
 			net->counters.rx_dropped_oversize++;
 		else if (len < MC_NET_MIN_FRAME || (net->backend == MC_NET_LINK && !net_hdr_check(&hdr, len, peer)))
 			net->counters.rx_dropped_header++;
-		else
+		else if (!net_drops(net, &net->drop_rx))
 			delivered = rx_deliver(net, p, &hdr, len, direct);
 		if (!delivered)
 			mc_mem_mark_iov(net->mem, p->iov + p->iov_first, p->iov_count, MC_NET_HDR + (len < direct ? len : direct));

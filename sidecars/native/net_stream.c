@@ -93,7 +93,7 @@ enum rx_state net_stream_rx(struct mc_net *net, struct net_pair *p)
 		}
 		if (len < MC_NET_MIN_FRAME) {
 			net->counters.rx_dropped_header++;
-		} else {
+		} else if (!net_drops(net, &net->drop_rx)) {
 			struct virtio_net_hdr_v1 hdr = {0};
 			struct iovec src = {s->in + s->in_first + LEN, len};
 

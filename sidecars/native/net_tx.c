@@ -15,7 +15,7 @@ bool net_tx_parse(struct mc_net *net, struct mc_chain *c, struct tx_frame *f)
 		return false;
 	mc_iov_read(c->iov, c->n_out, 0, &f->hdr, MC_NET_HDR);
 	f->len = (uint32_t)c->len_out - MC_NET_HDR;
-	if (!net_hdr_check(&f->hdr, f->len, net->features))
+	if (!net_hdr_check(&f->hdr, f->len, net->features) || net_drops(net, &net->drop_tx))
 		return false;
 	/* 5.1.6.2: the header may share its descriptor with the frame, or be split over several. */
 	while (skip >= c->iov[first].iov_len)

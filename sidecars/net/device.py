@@ -25,7 +25,7 @@ from motorcade.sidecars.net import state as saved
 
 if TYPE_CHECKING:
     from motorcade.proto.memory import GuestMemory
-    from motorcade.proto.messages import Boot, StatsReport
+    from motorcade.proto.messages import Boot, Inject, StatsReport
 
 log = logging.getLogger("motorcade.net")
 lib, ffi = _net.lib, _net.ffi
@@ -192,6 +192,15 @@ class NetDevice(Device):
     def broken_queues(self) -> list[BrokenQueue]:
         """Queues without MQ are numbered as the driver numbers them."""
         return broken(ffi, lib, self._queues())
+
+    def inject(self, what: Inject) -> None:
+        """Frames are lost on the way, as a network loses them."""
+        if what.operation not in ("any", "rx", "tx"):
+            raise ValueError(f"a NIC has no {what.operation} requests (any, rx, tx)")
+        if what.delay_ms or (what.count and what.status != "drop"):
+            raise ValueError("a NIC can drop frames, and nothing else (status drop, no delay)")
+        rx, tx = (what.count if what.operation in ("any", way) else 0 for way in ("rx", "tx"))
+        lib.mc_net_inject(self._net, rx, tx)
 
     def stats(self) -> StatsReport:
         """The details are ``struct mc_net_counters``: packets, but for ``rx_starved`` and ``tx_blocked`` (times)."""

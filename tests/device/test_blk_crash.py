@@ -11,7 +11,8 @@ from pathlib import Path
 
 from harness.compile import NATIVE, compile_c, run
 
-PARTS = ["blk.c", "blk_req.c", "blk_io.c", "blk_flush.c", "blk_overlay.c", "blk_geometry.c", "virtqueue.c", "watch.c"]
+PARTS = [f"blk{part}.c" for part in ("", "_req", "_io", "_flush", "_overlay", "_geometry", "_inject")]
+PARTS += ["virtqueue.c", "watch.c"]
 
 
 def test_power_cuts(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from harness.frames import (
 )
 from harness.nic import BIG, GSO_ECN, GSO_TCPV4, GSO_TCPV6, GUEST_OFFLOADS, NEEDS_CSUM, Header, Nic, bit
 from motorcade.orchestrator import netbackend
+from motorcade.proto import messages as m
 
 MAC_A, MAC_B = GUEST_MAC, bytes.fromhex("52540012fe02")
 A, B = "10.0.0.1", "10.0.0.2"
@@ -290,3 +291,28 @@ def test_frames_that_only_claim_to_be_tcp(wire: Path) -> None:
         assert [len(a.recv_frame()) for _ in range(3)] == [1054] * 3
         assert a.counters()["rx_dropped_header"] == broken
         bad.sock.close()
+
+
+def test_frames_are_lost_on_request(ends: tuple[Nic, Nic]) -> None:
+    """As many as asked for, in the direction asked for; what a NIC cannot do is refused."""
+    a, b = ends
+    a.up()
+    b.up()
+    a.wait_link(True)
+    b.wait_link(True)
+    a.sidecar.ask(m.Inject("tx", 2, "drop"))
+    for n in range(3):
+        a.send(frame(b"%d" % n))
+    assert b.recv_frame() == frame(b"2")
+    b.sidecar.ask(m.Inject("rx", 1, "drop"))
+    for n in range(2):
+        a.send(frame(b"again %d" % n))
+    assert b.recv_frame() == frame(b"again 1")
+    assert (a.counters()["injected"], b.counters()["injected"]) == (2, 1)
+    b.sidecar.ask(m.Inject("any", 5, "drop"))
+    b.sidecar.ask(m.Inject("any", 0))
+    exchange(a, b)
+    for wrong in (m.Inject("read", 1, "drop"), m.Inject("rx", 1, "ioerr"), m.Inject("rx", 1, "drop", 5)):
+        answer = a.sidecar.request(wrong)
+        assert isinstance(answer, m.Error)
+        assert "a NIC" in answer.text
