@@ -89,7 +89,12 @@ class Device(abc.ABC):
         from motorcade.sidecars import sandbox
         from motorcade.sidecars.sidecar import device_id
 
-        sandbox.close(self.ffi, self.lib, self.sandbox_role, device_id(self.boot), link_fd, self.system_calls)
+        more = tuple(self.system_calls)
+        if "debug" in self.fds:
+            from motorcade.sidecars import prompt
+
+            more += prompt.SYSTEM_CALLS
+        sandbox.close(self.ffi, self.lib, self.sandbox_role, device_id(self.boot), link_fd, more)
 
     @property
     def always_on(self) -> bool:

@@ -11,12 +11,14 @@ import code
 import contextlib
 import io
 import logging
-import os
 import selectors
 import signal
 import socket
 import sys
+import traceback
 from typing import TYPE_CHECKING, Any
+
+from motorcade.sidecars.sandbox.calls import allow
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -25,12 +27,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("motorcade.sidecar")
 
+SYSTEM_CALLS = allow("whoever comes to its prompt", "accept4", "accept")
+
 _LINE_MAX = 64 << 10
 _SEND_SECONDS = 2.0  # for a client to take what it asked for; a debugged device may wait so long
 _BANNER = """\
-Python {version} in {name} (pid {pid}). device: the {kind}; sidecar: what runs it; ffi, lib: its C part.
+Python {version} in the sidecar of {name}. device: the {kind}; sidecar: what runs it; ffi, lib: its C part.
 Its main thread is yours while a command runs; Ctrl-C interrupts one, Ctrl-D leaves.
 """
+
+
+class _Console(code.InteractiveConsole):
+    """Shows errors to whoever is at the prompt: the process's own hooks have them in the log (sandbox.stay_inside)."""
+
+    def showtraceback(self) -> None:
+        _, value, where = sys.exc_info()
+        assert value is not None
+        # Without the frame of runcode().
+        lines = traceback.format_exception(type(value), value, where.tb_next if where is not None else None)
+        self.write("".join(lines))
+
+    def showsyntaxerror(self, filename: str | None = None) -> None:
+        _, value, _ = sys.exc_info()
+        assert value is not None
+        self.write("".join(traceback.format_exception_only(type(value), value)))
 
 
 class Prompt:
@@ -42,7 +62,7 @@ class Prompt:
         self._listener.setblocking(False)
         self._sidecar, self._selector = sidecar, selector
         self._client: socket.socket | None = None
-        self._console: code.InteractiveConsole | None = None
+        self._console: _Console | None = None
         self._received = b""
         self._running = False
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -70,12 +90,12 @@ class Prompt:
         device = self._sidecar.device
         names: dict[str, Any] = {"__name__": "__debug__", "device": device, "sidecar": self._sidecar}
         names |= {"ffi": device.ffi, "lib": device.lib}
-        self._console = code.InteractiveConsole(names, "<debug>")
+        self._console = _Console(names, "<debug>")
         self._selector.register(client, selectors.EVENT_READ, self._readable)
         log.warning("debug: somebody is at the prompt")
         version = sys.version.partition(" ")[0]
         name = getattr(device.boot.role, "device_id", "?")
-        self.say(_BANNER.format(version=version, name=name, pid=os.getpid(), kind=type(device).__name__) + ">>> ")
+        self.say(_BANNER.format(version=version, name=name, kind=type(device).__name__) + ">>> ")
 
     def _readable(self) -> None:
         assert self._client is not None

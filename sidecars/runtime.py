@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import socket
@@ -70,6 +71,8 @@ def run(device_class: type[Device], boot_socket: socket.socket, ahead: Ahead | N
         boot, fds = boot_proto.recv_boot(boot_socket)
         open_log(fds.get("log"), boot)
         negotiate(boot.protocol_version)
+        if "debug" in fds:
+            importlib.import_module("motorcade.sidecars.prompt")  # later there are no files
         if ahead is None:
             ahead = prepare(device_class, fds, boot.regions, lazy=boot.lazy)
         ahead.ground.check(boot, fds["memory"])

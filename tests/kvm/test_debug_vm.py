@@ -60,14 +60,17 @@ class Person:
 def test_a_prompt_in_a_disk_s_sidecar(host: VmHost, guest: Path, tmp_path: Path) -> None:
     vm = host.start(diskguest.machine(tmp_path, guest, "ww", debug=True))
     with Person(vm) as person:
-        assert f"(pid {vm.sidecar_pid('root')})" in person.read()
+        assert "in the sidecar of root. device: the BlkDevice" in person.read()
         assert person.ask("device.engine") in ("'io_uring'\n", "'sync'\n")
         assert diskguest.do(vm) == 0  # it works meanwhile
         assert person.ask("device.stats().queues[0].requests") == "1\n"
         assert person.ask("for n in range(2):") == ""
         assert person.ask("    print(n)") == ""
         assert person.ask("") == "0\n1\n"
-        assert "ZeroDivisionError" in person.ask("1 / 0")
+        assert person.ask("1 / 0").splitlines()[-1] == "ZeroDivisionError: division by zero"
+        assert person.ask("1 +").splitlines()[-1] == "SyntaxError: invalid syntax"
+        assert "was not imported before" in person.ask("import tkinter")
+        assert "no file is opened any more" in person.ask("open('/etc/passwd')")
         with socket.socket(socket.AF_UNIX) as second:
             second.settimeout(DEADLINE)
             second.connect(str(vm.run_dir / "debug-root.sock"))
