@@ -53,6 +53,8 @@ class Devices(Backends):
                 self._finish_net(option, keys)
             elif driver == "virtio-rng-device":
                 self._finish_rng(option, keys)
+            elif driver == "virtio-balloon-device":
+                self._finish_balloon(option, keys)
             elif driver == "virtio-serial-device":
                 buses.append(str(keys.get("id", f"virtio-serial{len(buses)}")))
             elif driver == "virtconsole":
@@ -150,6 +152,15 @@ class Devices(Backends):
         elif "period" in keys:
             self.problems.add(option, "period= is nothing without max-bytes=")
         self._append("devices", kit, option)
+
+    def _finish_balloon(self, option: Option, keys: dict[str, Any]) -> None:
+        if "balloon" in self.made.data:
+            self.problems.add(option, "a machine has one balloon")
+            return
+        balloon: dict[str, Any] = {"id": self._id(keys, "balloon", option)}
+        balloon |= {key.replace("-", "_"): True for key in ("deflate-on-oom", "free-page-reporting") if keys.get(key)}
+        self.made.data["balloon"] = True if balloon == {"id": "balloon"} else balloon
+        self.made.places["balloon",] = str(option)
 
     def _finish_vhost_user(self, option: Option, kind: str, keys: dict[str, Any]) -> None:
         chardev = self.use_key(option, "chardev", keys, self.chardevs)

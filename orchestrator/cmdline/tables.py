@@ -274,6 +274,12 @@ RNG: Table = {
     "max-bytes": number(1),
     "period": number(1, 0xFFFFFFFF),
 }
+BALLOON: Table = {
+    **_MMIO_KEYS,
+    "deflate-on-oom": flag,
+    "free-page-reporting": flag,
+    "free-page-hint": is_off("it is for migration to another host"),
+}
 VHOST_USER_FS: Table = {
     "id": text,
     "chardev": text,
@@ -295,7 +301,6 @@ VIRTCONSOLE: Table = {"id": text, "chardev": text, "bus": text, "nr": number(0, 
 
 _NOT_HERE = {
     "virtserialport": "there are consoles only: virtconsole",
-    "virtio-balloon-device": "there is no balloon yet",
     "vhost-vsock-device": "there is no vsock",
     "virtio-9p-device": "there are no shared folders",
     "virtio-scsi-device": "disks are virtio-blk-device",
@@ -316,6 +321,7 @@ _PLAIN = {
     "virtio-blk-device": BLK,
     "virtio-net-device": NET,
     "virtio-rng-device": RNG,
+    "virtio-balloon-device": BALLOON,
     "virtio-serial-device": SERIAL_BUS,
     "virtconsole": VIRTCONSOLE,
     "vhost-user-fs-device": VHOST_USER_FS,
@@ -326,7 +332,7 @@ DEVICES: dict[str, Table | str] = {
     **_NOT_HERE,
     **{
         name.replace("-device", suffix): f"{NO_PCI}{name}"
-        for name in [*_PLAIN, "virtio-balloon-device", "vhost-vsock-device"]
+        for name in [*_PLAIN, "vhost-vsock-device"]
         if name.endswith("-device")
         for suffix in ("-pci", "-ccw", "-pci-non-transitional", "")
     },

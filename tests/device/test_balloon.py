@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -248,6 +249,39 @@ def test_a_huge_page_goes_when_all_of_it_is_in_the_balloon(huge_memory: Memory) 
         sidecar.activate([inflate])
         inflate.run(out=[pfns(*range(FIRST + small + 1, FIRST + 2 * small))])
         assert counted(sidecar)["discarded"] == HUGE
+
+
+def test_no_hole_comes_before_the_pager_has_read_of_it(memory: Memory) -> None:
+    """This test is the pager. One that fills the page meanwhile has ended that when it comes to read (balloon.h)."""
+    bits = os.memfd_create("discarded", os.MFD_CLOEXEC)
+    os.ftruncate(bits, SIZE // PAGE // 8)
+    role = m.KitBoot("balloon", "balloon")
+    try:
+        with Sidecar("balloon", role, {"discarded": bits}, queues=5, memory=memory, lazy=True) as sidecar:
+            sidecar.wait_until(lambda: sidecar.userfaultfd >= 0, "its userfaultfd")
+            inflate, *_ = sidecar.start()
+            request = inflate.submit(out=[pfns(FIRST + 1, FIRST)])
+            inflate.kick()
+            assert select.select([sidecar.userfaultfd], [], [], 20)[0]
+            sidecar.ask(m.Ping())  # its main thread waits for nobody
+            assert inflate.reap() == [] and holes(memory, data_pages()) == set()
+            marked = int.from_bytes(os.pread(bits, SIZE // PAGE // 8, 0), "little")
+            assert marked == 3 << FIRST
+            assert os.read(sidecar.userfaultfd, 32)[0] == 0x15  # struct uffd_msg: UFFD_EVENT_REMOVE
+            inflate.wait(1)
+            assert request.done and holes(memory, data_pages()) == {FIRST, FIRST + 1}
+    finally:
+        os.close(bits)
+
+
+def test_a_bitmap_that_is_too_short_ends_it_at_once(memory: Memory) -> None:
+    bits = os.memfd_create("discarded", os.MFD_CLOEXEC)
+    os.ftruncate(bits, SIZE // PAGE // 8 - 8)
+    try:
+        with pytest.raises(SidecarGone, match="too short"):
+            Sidecar("balloon", m.KitBoot("balloon", "balloon"), {"discarded": bits}, queues=5, memory=memory)
+    finally:
+        os.close(bits)
 
 
 def entry(tag: int, value: int) -> bytes:

@@ -210,6 +210,9 @@ def test_qemus_microvm() -> None:
         ("-netdev tap,id=t,ifname=t,queues=2 -device virtio-net-device,netdev=t,mq=on,host_mtu=9000",
          {"nets": [{"id": "t", "tap": "t", "queues": 2, "mtu": 9000}]}),
         ("-device virtio-rng-device", {"devices": [{"id": "rng", "kind": "rng"}]}),
+        ("-device virtio-balloon-device", {"balloon": True}),
+        ("-device virtio-balloon-device,id=b,deflate-on-oom=on,free-page-reporting=off",
+         {"balloon": {"id": "b", "deflate_on_oom": True}}),
         ("-object rng-random,id=r,filename=/dev/urandom -device virtio-rng-device,rng=r,max-bytes=1024,period=1000",
          {"devices": [{"id": "rng", "kind": "rng", "rate": 1024}]}),
         ("-chardev socket,id=f,path=/run/fs.sock -device vhost-user-fs-device,chardev=f,tag=shared,queue-size=1024 "
@@ -358,6 +361,8 @@ def test_what_is_worth_a_word(line: str, note: str) -> None:
         ("-monitor stdio", "-monitor stdio: there is no human monitor; -qmp, or QMP's human-monitor-command"),
         ("-device virtio-rng-device,rng=r", "-device virtio-rng-device,rng=r: rng=r: there is no -object rng-random of "
          "that id"),
+        ("-device virtio-balloon-device -device virtio-balloon-device",
+         "-device virtio-balloon-device: a machine has one balloon"),
         ("-device virtio-rng-device,period=5",
          "-device virtio-rng-device,period=5: period= is nothing without max-bytes="),
         ("-object rng-random,id=r,filename=/dev/hwrng",
