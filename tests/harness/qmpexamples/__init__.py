@@ -10,11 +10,12 @@ own. A group that needs drivers, which the micro-guest has not, says ``guests=("
 
 from __future__ import annotations
 
-from harness.qmpexamples import balloon, hotplug, inspecting, running, snapshots
+from harness.qmpexamples import balloon, hotplug, inspecting, looking, running, snapshots
 from harness.qmpexamples.example import Group
 
 GROUPS: tuple[Group, ...] = (
     inspecting.GROUP,
+    looking.GROUP,
     balloon.WITHOUT_DRIVER,
     balloon.GROUP,
     running.GROUP,
