@@ -4,7 +4,7 @@
 PYTHON ?= python3
 export PYTHON
 ARGS ?=
-BENCH ?= blk boot start console restore clones snapshot
+BENCH ?= blk boot start console restore clones snapshot restart
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench clean

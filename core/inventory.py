@@ -56,7 +56,7 @@ def sidecars(
         qmp.Sidecar(
             slot.device_id,
             slot.kind,
-            slot.pid,
+            platform.links[slot.device_id].pid,
             "paused" if platform.links[slot.device_id].paused else platform.links[slot.device_id].state.value,
             None if slot.index == NO_SLOT else slot.index,
             depths(slot.device_id),

@@ -1,14 +1,16 @@
 """The core's end of one sidecar: what it was asked, what it answered, and whether it is still there.
 
-States go one way: WAITING until its hello, then PRESENT, and GONE for good once the supervisor says that the process
-has ended; or WAITING again where another process has taken its place. A sidecar that is silent past a deadline, or
-answers with an error where there can be none, is reported to the supervisor to be killed; GONE follows. Only GONE and
-an answered reset mean that guest memory is safe from it.
+States: WAITING until its hello, then PRESENT; WAITING again once the supervisor says that the process has ended and
+another takes its place (recovery.py), GONE where none does. A sidecar that is silent past a deadline, or
+answers with an error where there can be none, is reported to the supervisor to be killed; GONE follows. Whenever it is
+not PRESENT, and after an answered reset, guest memory is safe from it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -23,12 +25,15 @@ from motorcade.proto.framing import ControlServer, Gone, Outcome, Timeout
 log = logging.getLogger(__name__)
 
 DEADLINE_MS = 10_000  # generous: a sidecar answers in under a millisecond unless its backend hangs
-PING_MS = 30_000  # a host short of memory or processors is no reason to lose a disk
+PING_MS = 15_000  # a host short of memory or processors is no reason to replace a sidecar
 DEBUG_MS = 24 * 3_600_000  # whoever is at its prompt may be thinking
 STATS_MS = 3_000  # somebody waits for them at a terminal
 SHUTDOWN_MS = 30_000  # flushing a disk's cache may take long
 QUIESCE_MS = 30_000  # requests in flight are finished first
 SAVE_MS = 30_000
+WRITES_KEPT = 64  # of configuration space, while a sidecar is being replaced
+
+_activations = itertools.count(1)
 
 
 class LinkState(enum.Enum):
@@ -72,6 +77,11 @@ class SidecarLink:
         self._main = threading.current_thread()
         # Waiters of reset(): set when it was answered or the sidecar is gone.
         self._released: list[threading.Event] = []
+        # What the driver has set up, for a sidecar that takes the place of this one; and what it wrote meanwhile.
+        self._setup: messages.Activate | None = None
+        self.successor = False
+        """Whether the present process has taken another's place."""
+        self._writes: list[messages.ConfigWrite] = []
 
     def hello(self, *, whole_memory: bool = False) -> None:
         """The sidecar has introduced itself."""
@@ -83,15 +93,70 @@ class SidecarLink:
         self.state = LinkState.GONE
         self.paused = False
         self.gone_reason = reason
+        self._setup = None  # its driver has to begin anew
+        self._writes.clear()
         self._server.forget(self.device_id)
         self._release()
 
+    def down(self, reason: str) -> None:
+        """The process has ended, and another will take its place."""
+        self.state = LinkState.WAITING
+        self.gone_reason = reason
+        self._server.forget(self.device_id)
+        self._release()
+
+    @property
+    def activation(self) -> int:
+        """The number of what the driver has set up; 0: nothing."""
+        return self._setup.activation if self._setup is not None else 0
+
+    @property
+    def features(self) -> int:
+        """What the driver that has set it up accepted."""
+        return self._setup.features if self._setup is not None else 0
+
+    def refresh(self, config: bytes) -> None:
+        """Configuration space as it is now, for ``take_over``, of a kind that is told of it."""
+        if self._setup is not None and self._setup.config:
+            self._setup = dataclasses.replace(self._setup, config=config)
+
+    def take_over(self, state: messages.DeviceState | None, go: bool, done: Callable[[], None]) -> None:
+        """Tells a sidecar that has taken another's place, and is at rest, what the driver had set up or has written
+        since; with ``go`` it goes on. ``state``: what the last one saved, where it was brought to rest. ``done``: it
+        has.
+
+        One that refuses the state goes on from the in-flight regions: it lacks what only the last one knew.
+        """
+        if state is not None and self.kind != "serial":  # whose ring to the guest is never at rest while the guest runs
+
+            def loaded(outcome: Outcome) -> None:
+                if isinstance(outcome, messages.Error | Timeout):
+                    log.warning("%s: it does not take the last one's state: %s", self.device_id, outcome)
+                self._set_up(go, done)
+
+            self._server.request(self.device_id, messages.Load(state), DEADLINE_MS, loaded)
+        else:
+            self._set_up(go, done)
+
+    def _set_up(self, go: bool, done: Callable[[], None]) -> None:
+        writes, self._writes = self._writes, []
+        if self._setup is not None:
+            self._request(self._setup, DEADLINE_MS)
+        else:
+            self._request(messages.Reset(), DEADLINE_MS)
+        for write in writes:
+            self._request(write, DEADLINE_MS)
+        if go:
+            self._request(messages.Resume(), DEADLINE_MS, done)
+        else:
+            self._request(messages.Ping(), DEADLINE_MS, done)
+
     def replaced(self, pid: int) -> None:
         """Another process is in its place, and will say hello: what the last one was asked, it will not answer."""
-        self.gone_reason = "it was replaced"
+        if self.state is LinkState.PRESENT:
+            self.gone_reason = "it was replaced"
         self._server.expect(self.device_id, pid)
-        self.pid = pid
-        self.paused = False
+        self.pid, self.successor = pid, True
         self.state = LinkState.WAITING
         self._release()
 
@@ -101,9 +166,12 @@ class SidecarLink:
         self._released.clear()
 
     def _request(self, body: messages.Request, deadline_ms: int, done: Callable[[], None] | None = None) -> None:
-        """Asks; a time-out or an error answer has the sidecar killed."""
-        if self.state is LinkState.GONE:
-            return
+        """Asks; a time-out or an error answer has the sidecar killed. One that is not there is told by
+        ``take_over``."""
+        if self.state is LinkState.PRESENT:
+            self._ask(body, deadline_ms, done)
+
+    def _ask(self, body: messages.Request, deadline_ms: int, done: Callable[[], None] | None = None) -> None:
         if self.debug:
             deadline_ms = DEBUG_MS
         what = type(body).__name__.lower()
@@ -127,19 +195,32 @@ class SidecarLink:
                 for i, q in queues.items()
             ),
             config=config,
+            activation=next(_activations),
         )
-        self._loop.call_soon(lambda: self._request(body, DEADLINE_MS))
+        self._loop.call_soon(lambda: self._activate(body))
+
+    def _activate(self, body: messages.Activate) -> None:
+        self._setup = body
+        self._request(body, DEADLINE_MS)
 
     def write_config(self, offset: int, data: bytes) -> None:
         """See virtio.Backend."""
-        self._loop.call_soon(lambda: self._request(messages.ConfigWrite(offset=offset, data=data), DEADLINE_MS))
+        self._loop.call_soon(lambda: self._write(messages.ConfigWrite(offset=offset, data=data)))
+
+    def _write(self, body: messages.ConfigWrite) -> None:
+        if self.state is LinkState.WAITING:
+            # Later ones count; a driver that floods a gap of milliseconds does not fill our memory.
+            self._writes = [*self._writes[-(WRITES_KEPT - 1) :], body]
+        self._request(body, DEADLINE_MS)
 
     def reset(self) -> None:
         """See virtio.Backend. Its end is sure: an answer, or the death that a missed deadline brings about."""
         released = threading.Event()
 
         def ask() -> None:
-            if self.state is LinkState.GONE:
+            self._setup = None
+            self._writes.clear()
+            if self.state is not LinkState.PRESENT:  # nothing of it is alive, and its successor is not set up
                 released.set()
                 return
             self._released.append(released)
@@ -224,7 +305,9 @@ class SidecarLink:
             ),
             restored=True,
             config=config,
+            activation=next(_activations),
         )
+        self._setup = body
         return self.ask(body, DEADLINE_MS)
 
     def stats(self, done: Callable[[messages.StatsReport | None], None]) -> None:
@@ -256,8 +339,9 @@ class SidecarLink:
         self._server.request(self.device_id, messages.Ping(), PING_MS, answered)
 
     def shutdown(self) -> None:
-        """Asks it to flush, close its backend and end; GONE follows."""
-        self._request(messages.Shutdown(), SHUTDOWN_MS)
+        """Asks it to flush, close its backend and end; GONE follows. One that has not said hello yet is killed."""
+        if self.state is not LinkState.GONE:
+            self._ask(messages.Shutdown(), SHUTDOWN_MS)
 
 
 def _silence(what: str, outcome: Timeout) -> str:

@@ -7,6 +7,7 @@ vCPU threads; those only post to the loop.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -22,10 +23,11 @@ from motorcade.core.kvm import Vm
 from motorcade.core.life import LifeLink
 from motorcade.core.link import LinkState, SidecarLink
 from motorcade.core.loop import Loop
-from motorcade.core.platform import Platform
+from motorcade.core.platform import PAGER, Platform
 from motorcade.core.qmp import dump
 from motorcade.core.qmp import machine as qmp
 from motorcade.core.qmp.errors import DeviceNotFound, QmpError
+from motorcade.core.recovery import Recovery
 from motorcade.core.snapshot.coordinator import Coordinator
 from motorcade.core.snapshot.plan import Kind, Plan, Report, SnapshotError, Status
 from motorcade.core.task import Future
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 
 PARK_SECONDS = 60.0  # a vCPU may wait for a sidecar's answer to a reset before it parks
 HELLO_SECONDS = 60.0
-PING_SECONDS = 20.0
+PING_SECONDS = 5.0
 SHUTDOWN_SECONDS = 40.0  # longer than the link waits for a disk to be flushed
 DETAIL_MAX = 8192
 FAILED = 1  # vmmctl's exit status (docs/vmmctl.md)
@@ -82,6 +84,7 @@ class Machine:
         self.hotplug = Hotplug(self._platform, self._life, server, self)
         self._platform.on_device_reset = self.hotplug.driver_let_go
         self.balloon = balloon.find(self._platform, loop, lambda name, data: self.on_event(name, data))
+        self._recovery = Recovery(self._platform, self._life, self)
         self._incoming = Incoming(self._platform, self._life, self, deferred=self._role.defer)
         server.handler = self._on_message
         server.tap = tap.Tap(fds.get("watch"))
@@ -120,6 +123,7 @@ class Machine:
 
     def close(self) -> None:
         """Frees the VM. The vCPU threads end first."""
+        self._recovery.close()
         self._snapshots.close()
         self._platform.close()
 
@@ -152,7 +156,11 @@ class Machine:
 
     def _on_message(self, device_id: str, message: messages.Message) -> None:
         link, device, body = self._platform.links[device_id], self._platform.devices.get(device_id), message.body
-        if isinstance(body, messages.Hello):
+        if isinstance(body, messages.Hello) and link.successor and link.kind != PAGER:
+            welcome = messages.Welcome(versions.PROTOCOL_VERSION)
+            answer = functools.partial(self._server.answer, device_id, message.id, welcome)
+            self._recovery.hello(link, _identity(body), answer)
+        elif isinstance(body, messages.Hello):
             identity = _identity(body)
             if device is not None:
                 device.plug(identity)
@@ -188,7 +196,9 @@ class Machine:
 
     def _on_life(self, life: messages.Life) -> None:
         if isinstance(life, messages.SidecarDied):
-            self._sidecar_died(life.device_id, life.reason)
+            self._sidecar_died(life)
+        elif isinstance(life, messages.SidecarReady):
+            self._recovery.ready(life)
         elif isinstance(life, messages.SidecarReplaced):
             self._sidecar_replaced(life.device_id, life.pid)
         elif isinstance(life, messages.ShutdownVm):
@@ -202,25 +212,40 @@ class Machine:
         link = self._platform.links[device_id]
         if self._state is qmp.RunState.SHUTDOWN:
             link.died("it was to end")
-        else:
+        elif link.kind == PAGER:
             link.replaced(pid)
+        else:
+            self._recovery.replaced(link, pid)
 
-    def _sidecar_died(self, device_id: str, reason: str) -> None:
-        if self.hotplug.died(device_id, reason):
+    def _sidecar_died(self, life: messages.SidecarDied) -> None:
+        if self.hotplug.died(life.device_id, life.reason):
             return
-        link = self._platform.links[device_id]
+        link = self._platform.links[life.device_id]
         if link.state is LinkState.GONE:
             return
-        link.died(reason)
         if self._state is qmp.RunState.SHUTDOWN:
-            return
-        if not self._announced:
-            self._end(FAILED, "sidecar-failed", f"{device_id}: {reason}")
-            return
-        self._platform.lose(device_id, reason)
-        data = {"id": device_id, "kind": link.kind, "reason": reason}
-        self.on_event("SIDECAR_EXITED", data)
-        self.on_event("SIDECAR_FAILED", data)
+            link.died(life.reason)
+        elif not self._announced:
+            link.died(life.reason)
+            self._end(FAILED, "sidecar-failed", f"{life.device_id}: {life.reason}")
+        elif life.replaced:
+            self._recovery.died(link, life.reason)
+        else:
+            self._recovery.failed(link, life.reason)
+
+    @property
+    def quiet(self) -> bool:
+        """See recovery.Owner."""
+        return self._dormant or self._resting or self._held
+
+    def restart_sidecar(
+        self, device_id: str, done: Callable[[QmpError | None], None], *, upgrade: bool = False, path: str = ""
+    ) -> None:
+        """See qmp.MachineControl."""
+        self._started()
+        if self._snapshots.busy or self._incoming.busy:
+            raise QmpError("a snapshot is being taken or loaded; its end is to be waited for (query-migrate)")
+        self._recovery.restart(device_id, path, done, upgrade=upgrade)
 
     # What the guest does, on its vCPUs' threads.
 
@@ -353,6 +378,8 @@ class Machine:
         self._snapshots.abort(SnapshotError(f"the VM ended: {reason}"))
         self.on_event("SHUTDOWN", {"guest": guest, "reason": reason})
         self._loop.run_until(lambda: vcpus.parked, PARK_SECONDS)
+        self._recovery.close()
+        self._life.send(messages.Ending())  # who ends now is not to be replaced
         for link in links:
             link.shutdown()
         everyone_gone = self._loop.run_until(
@@ -510,6 +537,8 @@ class Machine:
             raise QmpError("a state of devices is being loaded")
         if self.hotplug.busy:
             raise QmpError("a device is being added or removed; wait for its end")
+        if self._recovery.busy:
+            raise QmpError("a sidecar is being restarted")
         try:
             self._snapshots.start(plan, then)
         except SnapshotError as e:

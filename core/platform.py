@@ -202,6 +202,12 @@ class Platform:
             self.poll_uart(False)
             self.uart.detach()
 
+    def find(self, device_id: str) -> None:
+        """A device that was lost has a sidecar again. A virtio driver has to reset it (2.1.2)."""
+        if device_id == self.uart_id:
+            self.attach_uart()
+            self._uart_polled = False
+
     def attach_uart(self) -> None:
         """Puts the sidecar's ring behind the 16550; ``poll_uart`` has bytes move."""
         if self.uart is not None:

@@ -202,6 +202,32 @@ class Device:
             self._config = bytearray(identity.config)
             self._clear()
 
+    def unlike(self, identity: Identity, accepted: int) -> str | None:
+        """Why a sidecar of this identity cannot take the place of the present one before a driver that has ``accepted``
+        these features (0: no driver), or None."""
+        with self._lock:
+            mine = self.identity
+            if mine is None:
+                return None
+            if identity.virtio_type != mine.virtio_type:
+                return f"it is of virtio device type {identity.virtio_type}, not {mine.virtio_type}"
+            if identity.queue_sizes != mine.queue_sizes:
+                return f"its queues have sizes {list(identity.queue_sizes)}, not {list(mine.queue_sizes)}"
+            if len(identity.config) != len(self._config):
+                return f"it has {len(identity.config)} bytes of configuration space, not {len(self._config)}"
+            if lacking := accepted & mine.features & ~identity.features:
+                return f"it lacks feature bits {lacking:#x}, which the driver uses"
+            return None
+
+    def replug(self, identity: Identity) -> None:
+        """A sidecar that is not ``unlike`` has taken the present one's place; the driver's settings stay."""
+        with self._lock:
+            known = self.identity is not None
+            self.identity = identity
+            new = identity.keep(identity.config, bytes(self._config), 1) if known else identity.config
+            if known and new != self._config:
+                self.change_config(new)
+
     @property
     def offered(self) -> int:
         """Feature bits offered to the driver."""

@@ -248,6 +248,9 @@ class Machine(_Part, kw_only=True):
     on_crash: Annotated[
         Literal["end", "pause"], Meta(description="What becomes of a guest that cannot go on (a triple fault, say).")
     ] = "end"
+    restarts: Annotated[
+        int, Meta(ge=0, description="How often within a minute a sidecar may die before its device fails.")
+    ] = 10
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="Of all the VM's processes.")
     ] = "info"

@@ -10,13 +10,15 @@ import gc
 import importlib
 import logging
 import os
+import select
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from motorcade.orchestrator import pagers
 from motorcade.orchestrator.pagers import PagerKeeper
 from motorcade.orchestrator.resources import NO_SLOT, Device, Resources, slot_info, slot_number
-from motorcade.orchestrator.spawn import Child, Helper, Main, load_main, load_mains, spawn
+from motorcade.orchestrator.revival import Revival
+from motorcade.orchestrator.spawn import Child, Helper, Main, execute, load_main, load_mains, spawn
 from motorcade.proto import boot, schema
 from motorcade.proto.versions import PROTOCOL_VERSION
 
@@ -34,6 +36,9 @@ class Watcher(Protocol):
     def watch(self, child: Child) -> None:
         """A child has been forked."""
 
+    def changed(self, role: str, text: str) -> None:
+        """A sidecar has ended, or another has taken its place; ``text`` is for a person."""
+
 
 class Processes:
     """All of a VM but its supervisor. Owns them until ``close``."""
@@ -46,6 +51,7 @@ class Processes:
         self.sidecars: dict[str, Child] = {}
         self.helpers: list[Helper] = []  # programs that backends need: passt
         self._mains: dict[str, Main] = {}
+        self.revival = Revival(self, machine.restarts, watcher.changed)
 
     def load(self) -> None:
         """Warm start: what is imported here, no child has to. Frozen, so that the garbage collector's writes do not
@@ -99,6 +105,40 @@ class Processes:
         log.debug("%s is pid %d", role, child.pid)
         return child
 
+    def device(self, device_id: str) -> Device | None:
+        """What the supervisor knows of a device."""
+        return next((d for d in self.resources.devices if d.id == device_id), None)
+
+    def fork_successor(self, device: Device, code: str | None) -> Child:
+        """Another process for a device, which waits for ``boot_successor``. ``code``: None for what this process has
+        loaded; else a new interpreter runs what is on disk, in the directory ``code`` first where that is not empty."""
+        if code is None:
+            return self._fork(device.role, device.id, self._mains[device.kind])
+        log_fd = self.run_dir.open_log(device.role)
+        try:
+            child = execute(device.role, device.id, device.kind, log_fd, code)
+        finally:
+            os.close(log_fd)
+        self.watcher.watch(child)
+        return child
+
+    def renew(self, device: Device) -> None:
+        """After a death: what the last process may have left in the middle is begun anew."""
+        self.resources.renew(device, self._end_helper)
+
+    def _end_helper(self, role: str) -> None:
+        """At once. It is reaped when its pidfd says so."""
+        for helper in self.helpers:
+            if helper.role == role and helper.alive:
+                helper.kill()
+                select.select([helper.pidfd], [], [], 5.0)
+
+    def boot_successor(self, device: Device, child: Child, *, standby: bool) -> None:
+        """Gives it what the last one had. It is at rest until the core says otherwise."""
+        fds = self.resources.sidecar_fds(device)
+        self._send_boot(child, device.boot, fds, incoming=True, standby=standby)
+        device.let_go()
+
     def boot_machine(self, *, paused: bool) -> None:
         """Core, sidecars and, where its template is known, a pager that fills memory on demand: all set to work side
         by side. The control socket listens already, so it does not matter who is first."""
@@ -144,7 +184,13 @@ class Processes:
         self.pager.boot(self.resources.pager_fds(), len(incoming.memory) - 1, incoming.start)
 
     def _send_boot(
-        self, child: Child, role: schema.Role, fds: dict[str, int], *, incoming: bool | None = None
+        self,
+        child: Child,
+        role: schema.Role,
+        fds: dict[str, int],
+        *,
+        incoming: bool | None = None,
+        standby: bool = False,
     ) -> None:
         """A child that is gone already shows by its pidfd, not here. ``incoming``: unless as the machine."""
         message = schema.Boot(
@@ -155,6 +201,7 @@ class Processes:
             log_level=self.machine.log_level,
             role=role,
             incoming=self.resources.incoming is not None if incoming is None else incoming,
+            standby=standby,
             lazy=self.resources.lazy,
         )
         log_fd = self.run_dir.open_log(child.role)
@@ -169,11 +216,14 @@ class Processes:
     def all(self) -> list[Child]:
         """Every process of the VM but its supervisor."""
         pager = [self.pager.child] if self.pager is not None and self.pager.child is not None else []
-        return [*([self.core] if self.core else []), *pager, *self.sidecars.values()]
+        sidecars = [*self.sidecars.values(), *self.revival.standing_by()]
+        return [*([self.core] if self.core else []), *pager, *sidecars]
 
     def describe(self) -> list[dict[str, Any]]:
         """For state.json and for a person."""
-        return [process.describe() for process in (*self.all(), *self.helpers)]
+        restarts = self.revival.restarts
+        children = [{**child.describe(), "restarts": restarts(child.device_id)} for child in self.all()]
+        return children + [helper.describe() for helper in self.helpers]
 
     @property
     def is_deferred(self) -> bool:

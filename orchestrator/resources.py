@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from motorcade.orchestrator import ahead, charbackend, frozendisks, kitplace, memoryfile, netbackend, pagers, rundir
+from motorcade.orchestrator import (
+    ahead,
+    charbackend,
+    frozendisks,
+    keeps,
+    kitplace,
+    memoryfile,
+    netbackend,
+    pagers,
+    rundir,
+)
 from motorcade.orchestrator.errors import UserError
 from motorcade.orchestrator.kitplace import Connection, KitPlace
 from motorcade.orchestrator.machine import Console, Disk, Kernel, Kit, Mac, Machine, Net, Removed, To
@@ -26,6 +36,7 @@ from motorcade.proto import memory, watch
 from motorcade.proto.memory import PAGE
 from motorcade.proto.messages import BlkBoot, KitBoot, NetBoot, Role, SerialBoot
 from motorcade.sidecars import lazymem
+from motorcade.sidecars.blk.overlay import OverlayError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -218,6 +229,12 @@ class Resources:
             device.kicks = [self._own(eventfd()) for _ in range(device.queues)]
             device.call = self._own(eventfd())
             device.isr = self._own(sealed_memfd(f"isr-{device.id}", _ISR_SIZE))
+        # Before its sidecar exists, and after any of them.
+        try:
+            kept = keeps.size(device.boot, device.queues if device.slot is not None else 0, device.fds)
+        except (OverlayError, OSError) as e:
+            raise UserError(f"{device.kind} {device.id}: {e}") from None
+        device.fds["inflight"] = self._own(sealed_memfd(f"inflight-{device.id}", kept))
         self.devices.append(device)
 
     def pager_fds(self) -> dict[str, int]:
@@ -361,14 +378,7 @@ class Resources:
             fds["link"] = self._own(netbackend.link(net.link))
             backend, shown = "link", f"link {net.link}"
         else:
-            role = f"passt-{net.id}"
-            log_fd = self.run.open_log(role)
-            try:
-                fd, pid = netbackend.spawn_passt(net.forward, mtu=net.mtu, log_fd=log_fd)
-            finally:
-                os.close(log_fd)
-            fds["passt"] = self._own(fd)
-            self.on_helper(role, pid)
+            fds["passt"] = self._own(self._passt(net))
             backend, shown = "passt", "user (passt)" + "".join(f" {rule}" for rule in net.forward)
         if net.capture is not None:
             fds["capture"] = self._own(netbackend.open_capture(net.capture))
@@ -378,6 +388,34 @@ class Resources:
         return Device(
             net.id, "net", boot, fds, 2 * net.queues + 1, 0, backend=shown, info=info, debug=net.debug
         )
+
+    def _passt(self, net: Net) -> int:
+        """A new one, connected; the caller's."""
+        role = f"passt-{net.id}"
+        log_fd = self.run.open_log(role)
+        try:
+            fd, pid = netbackend.spawn_passt(net.forward, mtu=net.mtu, log_fd=log_fd)
+        finally:
+            os.close(log_fd)
+        self.on_helper(role, pid)
+        return fd
+
+    def renew(self, device: Device, end_helper: Callable[[str], None]) -> None:
+        """Before a successor starts: another backend for a device whose last process was killed in the middle of a step
+        with it (keeps.py), so that its connections end. ``end_helper`` ends the program of a role, and waits for
+        that."""
+        if not keeps.lost_its_place(device.boot, device.queues, device.fds["inflight"]):
+            return
+        net = next(n for n in self.machine.nets if n.id == device.id)
+        log.warning("%s: its passt's stream was cut in a frame: another passt", device.role)
+        end_helper(f"passt-{net.id}")
+        try:
+            fd = self._passt(net)
+        except UserError as e:
+            log.error("%s: %s", device.role, e)
+            return
+        os.dup2(fd, device.fds["passt"], inheritable=False)
+        os.close(fd)
 
     def _serial(self, console: Console) -> Device:
         path = self.run.path / f"console-{console.id}.sock"

@@ -135,6 +135,23 @@ def spawn(role: str, device_id: str, vm: str, main: Main, log_fd: int) -> Child:
     return _fork(role, start, log_fd, device_id)
 
 
+def execute(role: str, device_id: str, kind: str, log_fd: int, path: str) -> Child:
+    """Starts a sidecar as a new interpreter, which runs the code that is on disk now: in the directory ``path`` first,
+    where one is named. The caller owns ``log_fd``."""
+    places = [path, os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))}
+    own = kind in ("blk", "net", "serial")
+    module = [f"motorcade.sidecars.{kind}"] if own else ["motorcade.sidecars.kinds", kind]
+    # -P: whatever lies in the supervisor's working directory is no module of ours.
+    command = [sys.executable, "-P", "-m", *module, "--boot-fd", str(_BOOT_FD)]
+
+    def start(link: socket.socket) -> int:
+        os.set_inheritable(link.fileno(), True)
+        os.execve(sys.executable, command, environment)
+
+    return _fork(role, start, log_fd, device_id)
+
+
 def prepare(kind: str, name: str, ahead: Ahead | None, ranges: Ranges) -> None:
     """Forks a process ahead of the VM that will need it: it waits for ``spawn`` to say which one it is. ``name`` is
     shown by ps meanwhile. ``ahead``: the RAM that it will have, which stays the caller's. ``ranges``: of footprint.py,

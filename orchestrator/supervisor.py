@@ -139,6 +139,11 @@ class Supervisor:
         self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self.on_exit(child))
         self.selector.register(child.link, selectors.EVENT_READ, lambda: self.on_link(child))
 
+    def changed(self, role: str, text: str) -> None:
+        """See processes.Watcher."""
+        lifeline.send(self.line, event="sidecar-died", role=role, reason=text)
+        self.write_state()
+
     # Events.
 
     def watch_signals(self) -> None:
@@ -165,12 +170,14 @@ class Supervisor:
                 action()
             self.look_after_pager()
             self.watching.work()
+            self.processes.revival.look()
 
     def patience(self) -> float | None:
         """Seconds until something is due by itself."""
         pager = self.processes.pager
         due = [pager.due if pager is not None else None, self.deadline[0] if self.deadline is not None else None]
-        times = [time_ for time_ in (*due, self.watching.due) if time_ is not None]
+        due += [self.watching.due, self.processes.revival.due()]
+        times = [time_ for time_ in due if time_ is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def on_signal(self) -> None:
@@ -221,7 +228,7 @@ class Supervisor:
         elif isinstance(life, schema.Ready):
             self.on_ready(child)
         elif isinstance(life, schema.LazyReady) and self.processes.pager is not None and len(fds) == 1:
-            self.processes.pager.add(child.role, os.dup(fds[0]), life.mappings)
+            self.processes.pager.add(f"{child.role}.{child.pid}", os.dup(fds[0]), life.mappings)
             self.on_ready(child)
         elif isinstance(life, schema.Reopen):
             self.processes.reopen(child)
@@ -243,6 +250,7 @@ class Supervisor:
             else:
                 self.answer_incoming()
         if self.status != "starting":
+            self.processes.revival.ready(child)
             self.write_state()
         elif self.processes.is_deferred and all(c.state == "ready" for c in self.processes.booted()):
             self.on_deferred()
@@ -263,6 +271,12 @@ class Supervisor:
                 log.error("%s is silent: killing it", sidecar.role)
                 sidecar.failure = "silent past a deadline"
                 sidecar.kill()
+        elif isinstance(life, schema.RestartSidecar):
+            self.processes.revival.restart(life)
+        elif isinstance(life, schema.HandOver):
+            self.processes.revival.hand_over(life)
+        elif isinstance(life, schema.Ending):
+            self.processes.revival.ending()
         elif isinstance(life, schema.OpenTarget | schema.CopyDisks | schema.CloseTarget):
             self.snapshots.on(life)
         elif isinstance(life, schema.Hotplug):
@@ -352,7 +366,7 @@ class Supervisor:
         child.close()
         why = f"{how}: {child.failure}" if child.failure else how
         if self.processes.pager is not None:
-            self.processes.pager.forget(child.role)
+            self.processes.pager.forget(f"{child.role}.{child.pid}")
         if child is self.processes.core:
             self.on_core_gone(why)
         elif self.status == "starting":
@@ -381,6 +395,14 @@ class Supervisor:
             said += last_words(self.run_dir, f"backend-{child.device_id}")
         self.fail(UserError(f"{culprit.role} {'failed' if said else 'ended'}: {said or how}"))
 
+    def hear(self, child: Child) -> None:
+        """Takes in everything that it has said so far."""
+        try:
+            while child.link.fileno() in self.selector.get_map() and not self.drained(child):
+                pass
+        except (BlockingIOError, schema.Malformed):
+            child.link.setblocking(True)  # it lives on, and is written to
+
     def drained(self, child: Child) -> bool:
         """Handles one more of its last words; True when there are none. Errors: BlockingIOError."""
         child.link.setblocking(False)
@@ -403,12 +425,15 @@ class Supervisor:
         self.stop_by(END_TIMEOUT)
 
     def on_sidecar_died(self, child: Child, why: str) -> None:
-        """The VM goes on without that device; or it is ending, and the core waits for its sidecars to be gone."""
-        self.processes.tell_core(schema.SidecarDied(child.device_id, why[:4000]))
-        # Status 0 is that of a sidecar which was asked to end: by the core, whose own end is about to follow, or by a
-        # SIGTERM of somebody who knows.
-        if self.status == "running" and child.state != "exited with status 0":
-            lifeline.send(self.line, event="sidecar-died", role=child.role, reason=why)
+        """Another takes its place; or the VM is ending, and the core waits for its sidecars to be gone."""
+        core = self.processes.core
+        if core is not None and core.alive and self.status == "running":
+            # The core says that the VM ends before it has its sidecars end.
+            self.hear(core)
+        if self.status == "running" and core is not None and core.alive:
+            self.processes.revival.died(child, why)
+        else:
+            self.processes.tell_core(schema.SidecarDied(child.device_id, why[:4000]))
 
     def on_pager_died(self, why: str) -> None:
         """Another takes its place: whoever touches memory that is missing waits until then."""

@@ -27,7 +27,7 @@ def vm_state(supervisor: Supervisor) -> dict[str, Any]:
         "accel": supervisor.accel,
         "machine": {"cpus": machine.cpus, "memory": int(machine.memory), "kernel": machine.kernel.image},
         "processes": supervisor.processes.describe(),
-        "devices": [device_state(d) for d in devices],
+        "devices": [device_state(d, supervisor.processes.revival.status(d.id)) for d in devices],
         "console": supervisor.console(),
         "qmp": [f"unix:{supervisor.run_dir.path / 'qmp.sock'}", *machine.qmp],
         "locks": [*(lock for d in devices for lock in d.locks), *supervisor.hotplug.locks()],
@@ -38,6 +38,7 @@ def vm_state(supervisor: Supervisor) -> dict[str, Any]:
     return state
 
 
-def device_state(device: Device) -> dict[str, Any]:
-    """One device for state.json."""
-    return {"id": device.id, "kind": device.kind, "slot": device.slot, "backend": device.backend}
+def device_state(device: Device, trouble: str) -> dict[str, Any]:
+    """One device for state.json. ``trouble``: why it is not simply served, or empty."""
+    state = {"id": device.id, "kind": device.kind, "slot": device.slot, "backend": device.backend}
+    return {**state, "trouble": trouble} if trouble else state

@@ -25,6 +25,9 @@ struct Boot {
     kit @13 :KitBoot;
   }
   incoming @11 :Bool;       # a sidecar starts quiesced; the core takes the machine's state from the descriptor "state"
+  standby @14 :Bool;
+  # A sidecar that is to take the place of another which still serves: it says ready, touches nothing, and says hello to the
+  # core when the supervisor says `go`.
   lazy @12 :Bool;
   # Guest memory is filled on demand: register this process's mapping with userfaultfd (from the descriptor
   # "userfaultfd", where there is one) before anything touches it, and say lazyReady instead of ready.
@@ -142,6 +145,11 @@ struct Life {
     # Devices that come and go while the machine is there (proto/hotplug.py).
     hotplug @23 :Hotplug;       # core, with a tap's descriptors for a network backend that is given by them
     hotplugged @24 :Hotplugged; # to the core, with the descriptors of the slot that `plug` asked for
+    restartSidecar @25 :RestartSidecar;  # core: replace this device's sidecar, in good order
+    sidecarReady @26 :SidecarReady;  # to the core: its successor stands by; bring the present one to rest. Or why there is none
+    handOver @27 :HandOver;         # core: the present one is at rest, and may be ended; or it goes on
+    go @28 :Void;                   # to a sidecar that stands by
+    ending @29 :Void;               # core: the VM ends; sidecars that end from here on are not missed
   }
 }
 
@@ -211,6 +219,22 @@ struct Ended {
   detail @2 :Text;          # for a person: registers, KVM's words
 }
 
+struct RestartSidecar {
+  deviceId @0 :Text;
+  upgrade @1 :Bool;         # run the code on disk, instead of what the supervisor has loaded
+  path @2 :Text;            # with upgrade: a directory that modules are looked for in first; empty: none
+}
+
+struct SidecarReady {
+  deviceId @0 :Text;
+  error @1 :Text;           # not empty: the successor did not start, and everything is as it was
+}
+
+struct HandOver {
+  deviceId @0 :Text;
+  cancel @1 :Bool;
+}
+
 struct SidecarReplaced {
   deviceId @0 :Text;
   pid @1 :UInt32;
@@ -219,4 +243,5 @@ struct SidecarReplaced {
 struct SidecarDied {
   deviceId @0 :Text;
   reason @1 :Text;
+  replaced @2 :Bool;        # another process will take its place: sidecarReplaced, or sidecarDied once more, follows
 }

@@ -124,6 +124,9 @@ struct Activate {
   queues @1 :List(Queue);   # only those that the driver made ready
   restored @2 :Bool;        # the driver set this up before a snapshot; nothing happens until `resume`
   config @3 :Data;          # configuration space as the core has it, if any of it has a kind
+  activation @4 :UInt64;
+  # The core's number for this set-up of the driver's, which no other has; 0: none is kept. To a sidecar that takes the
+  # place of another it says whether the in-flight regions speak of this set-up, and so are where to go on.
 }
 
 struct ConfigWrite {

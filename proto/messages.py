@@ -111,6 +111,7 @@ class Activate:
     queues: Annotated[tuple[Queue, ...], Max(MAX_QUEUES)]
     restored: bool = False
     config: Annotated[bytes, Max(MAX_CONFIG)] = b""
+    activation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +432,7 @@ class Boot:
     fd_labels: Annotated[tuple[Word, ...], Max(4096)] = ()
     incoming: bool = False
     lazy: bool = False
+    standby: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,10 +463,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class SidecarDied:
-    """To the core."""
+    """To the core. ``replaced``: another process will take its place, if it can be had."""
 
     device_id: Id
     reason: Line
+    replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -624,6 +627,41 @@ class Hotplugged:
     labels: Annotated[tuple[Word, ...], Max(250)] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class RestartSidecar:
+    """Core: put a successor in the place of this device's sidecar, in good order."""
+
+    device_id: Id
+    upgrade: bool = False
+    path: Line = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SidecarReady:
+    """To the core: the successor stands by; or why there is none."""
+
+    device_id: Id
+    error: Line = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Core: the present sidecar is at rest and may be ended; or (``cancel``) it goes on, and the successor may be."""
+
+    device_id: Id
+    cancel: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """To a sidecar that stands by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Core: the VM ends. Sidecars that end from here on are not missed."""
+
+
 Life: TypeAlias = (
     Ready
     | Failed
@@ -650,4 +688,9 @@ Life: TypeAlias = (
     | Reopened
     | Hotplug
     | Hotplugged
+    | RestartSidecar
+    | SidecarReady
+    | HandOver
+    | Go
+    | Ending
 )

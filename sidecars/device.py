@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from motorcade.proto import watch
 from motorcade.proto.messages import DeviceState, QueueState, QueueStats
 from motorcade.proto.messages import Queue as QueueConfig
+from motorcade.sidecars.keep import Keep
 
 if TYPE_CHECKING:
     from motorcade.proto.memory import GuestMemory
@@ -45,6 +46,7 @@ RING_FEATURES = RING_INDIRECT_DESC | RING_EVENT_IDX
 
 MAX_QUEUE_SIZE = 1024  # MC_MAX_QUEUE_SIZE
 DIRTY_PAGE = 4096  # MC_DIRTY_PAGE
+BAD_AVAIL_IDX = 1  # MC_VQ_BAD_AVAIL_IDX
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ class Device(abc.ABC):
         self.dirty = map_dirty(fds["dirty"]) if "dirty" in fds else None
         # Counters and events, for whoever looks.
         self.watch = watch.map_or_make(fds.get("watch"))
+        # What outlives this process, and was left by the one before it.
+        self.keep = Keep(self.ffi, self.lib, fds)
         # Signalled by the C loop when the main loop should look at broken_queues() and config.
         self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -101,6 +105,11 @@ class Device(abc.ABC):
         """``run`` is entered once and left at the end only; ``activate`` and ``reset`` are called while it runs, and
         after ``reset`` has returned nothing touches guest memory or raises an interrupt."""
         return False
+
+    @property
+    def beat(self) -> Any:
+        """A ``struct mc_beat *``, by which the data loop shows that it turns (native/inflight.h); None: it has none."""
+        return None
 
     @property
     @abc.abstractmethod
@@ -250,9 +259,12 @@ def watched(ffi: Any, mapping: mmap.mmap) -> Any:
     return ffi.cast("struct mc_watch *", ffi.from_buffer(mapping))
 
 
-def init_queue(lib: Any, vq: Any, queue: QueueConfig, features: int, *, kick_fd: int, call_fd: int) -> None:
-    """Starts a ``struct mc_vq *`` whose ``mem``, ``isr`` and ``watch`` are set, at the positions of ``queue``. Rings
-    that are not legal leave ``vq.error`` set; a queue that was broken before stays so."""
+def init_queue(
+    lib: Any, vq: Any, queue: QueueConfig, features: int, *, kick_fd: int, call_fd: int, keep: Keep | None = None
+) -> None:
+    """Starts a ``struct mc_vq *`` whose ``mem``, ``isr`` and ``watch`` are set, at the positions of ``queue``, or where
+    the last process that served it has stopped (``keep``). Rings that are not legal leave ``vq.error`` set; a queue
+    that was broken before stays so."""
     vq.kick_fd = kick_fd
     vq.call_fd = call_fd
     vq.index = queue.index
@@ -263,11 +275,17 @@ def init_queue(lib: Any, vq: Any, queue: QueueConfig, features: int, *, kick_fd:
     lib.mc_vq_init(vq, queue.size, queue.desc, queue.driver, queue.device)
     if queue.error:
         vq.error = queue.error
+    if keep is not None:
+        lib.mc_vq_keep(vq, keep.queue(queue.index), keep.again)
 
 
 def queue_state(vq: Any) -> QueueState:
-    """Where a ``struct mc_vq *`` stands. Its loop is at rest: what was taken was pushed, or given back."""
-    return QueueState(vq.index, vq.last_avail, vq.used_idx, vq.error)
+    """Where a ``struct mc_vq *`` stands. Its loop is at rest: what was taken was pushed, or given back.
+
+    Of a queue that was recovered, what was in its last process's hands has been taken up by now; but for one whose
+    guest has changed the avail ring behind our back, which is broken."""
+    lost = not vq.error and vq.redo_at < vq.redo_n
+    return QueueState(vq.index, vq.last_avail, vq.used_idx, BAD_AVAIL_IDX if lost else vq.error)
 
 
 def broken(ffi: Any, lib: Any, vqs: Sequence[Any]) -> list[BrokenQueue]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -85,6 +87,14 @@ def _problem(found: type[sdk.Kind]) -> str:
     return ""
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m motorcade.sidecars.kinds KIND --boot-fd N``: the sidecar of a kind, whoever offers it."""
+    from motorcade.sidecars import runtime
+
+    kind, *rest = sys.argv[1:] if argv is None else argv
+    return runtime.main(find(kind), rest)
+
+
 def _offered() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     try:
@@ -95,3 +105,7 @@ def _offered() -> dict[str, list[str]]:
         if point.name not in RESERVED:
             found.setdefault(point.name, []).append(point.value)
     return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

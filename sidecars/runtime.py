@@ -79,14 +79,31 @@ def run(device_class: type[Device], boot_socket: socket.socket, ahead: Ahead | N
         if not device_class.keeps_memory:
             os.close(fds.pop("memory"))
         device = device_class(boot, fds, ahead.ground.memory)
+        if boot.standby:
+            # The core expects one process a device, so that the connection is made when it expects this one.
+            boot_proto.send_life(boot_socket, ahead.ground.ready, ahead.ground.descriptors)
+            if not await_turn(boot_socket):
+                return 0
         reach(ahead.client, boot, fds)
         device.close_sandbox(boot_socket.fileno())
-        boot_proto.send_life(boot_socket, ahead.ground.ready, ahead.ground.descriptors)
+        if not boot.standby:
+            boot_proto.send_life(boot_socket, ahead.ground.ready, ahead.ground.descriptors)
         return Sidecar(device, boot_socket, ahead.client).loop()
     except Exception as e:
         log.exception("the sidecar ends")
         boot_proto.send_life(boot_socket, Failed(f"{type(e).__name__}: {e}"[:2000]))
         return 1
+
+
+def await_turn(boot_socket: socket.socket) -> bool:
+    """Waits until the one that still serves has made way; False where it will not, or nobody is there to say so."""
+    from motorcade.proto.boot import recv_life
+    from motorcade.proto.messages import Go
+
+    while (life := recv_life(boot_socket)) is not None:
+        if isinstance(life, Go):
+            return True
+    return False
 
 
 def open_log(fd: int | None, boot: Boot) -> None:

@@ -57,6 +57,7 @@ class Sidecar:
         self._activated = False
         self._quiesced = device.boot.incoming  # at rest until Resume
         self._broken: set[int] = set()  # queues announced since the activation
+        self._pings: list[int] = []  # to be answered when the data loop has shown that it turns
         self._config = device.config
         self._ending = False
         self._selector = selectors.DefaultSelector()
@@ -76,7 +77,7 @@ class Sidecar:
         register(self.client.fileno(), selectors.EVENT_READ, self.on_control)
         register(self.boot_socket, selectors.EVENT_READ, self.on_boot_socket)
         register(self.device.event_fd, selectors.EVENT_READ, self.on_device_event)
-        register(self.data, selectors.EVENT_READ, self.data.on_done)
+        register(self.data, selectors.EVENT_READ, self.on_data_done)
         register(self._term_fd, selectors.EVENT_READ, self.on_term)
         for fd, callback in self.device.fileno_events().items():
             register(fd, selectors.EVENT_READ, lambda callback=callback: self.on_kind_event(callback))
@@ -130,7 +131,14 @@ class Sidecar:
     def on_device_event(self) -> None:
         """The C loop has something to announce."""
         os.eventfd_read(self.device.event_fd)
+        if self._pings and self.device.lib.mc_beat_heard(self.device.beat):
+            self.answer_pings()
         self.announce()
+
+    def on_data_done(self) -> None:
+        """The data thread has returned, which is a sign of life, too."""
+        self.answer_pings()
+        self.data.on_done()
 
     def on_kind_event(self, callback: Callable[[], None]) -> None:
         """A descriptor of the kind's own."""
@@ -245,7 +253,9 @@ class Sidecar:
         elif isinstance(body, m.Shutdown):
             self.data.when_idle(lambda: self.shutdown(message.id))
             return None
-        elif not isinstance(body, m.Ping):
+        elif isinstance(body, m.Ping):
+            return self.ping(message.id)
+        else:
             raise Refused("unknown", f"a sidecar does not know {type(body).__name__}")
         return m.Ok()
 
@@ -277,8 +287,12 @@ class Sidecar:
             self.device.adopt_config(request.config)
             self._config = self.device.config
         self._activated = True
+        keep = self.device.keep
+        keep.begin(request.activation)
         self.device.activate(request.features & self.device.features, queues)
-        log.info("activated: features %#x, queues %s", request.features, [q.index for q in queues])
+        keep.commit(request.activation)
+        how = "taken over" if keep.again else "activated"
+        log.info("%s: features %#x, queues %s", how, request.features, [q.index for q in queues])
         if not self.device.always_on and not self._quiesced:
             self.data.start()
 
@@ -298,6 +312,25 @@ class Sidecar:
             self.device.command(request.name, arguments, answer)
         except (ValueError, RecursionError) as e:
             raise Refused("invalid", str(e)) from e
+
+    def ping(self, request_id: int) -> Answer | None:
+        """A sign of life from the loop that serves the guest, where it is to turn; else from this one."""
+        from motorcade.proto.messages import Ok
+
+        beat = self.device.beat
+        if beat is None or self.data.state is not State.ACTIVE:
+            return Ok()
+        self._pings.append(request_id)
+        self.device.lib.mc_beat_ask(beat)
+        return None
+
+    def answer_pings(self) -> None:
+        """The data loop turns."""
+        from motorcade.proto.messages import Ok
+
+        pings, self._pings = self._pings, []
+        for request_id in pings:
+            self.client.answer(request_id, Ok())
 
     def reset(self, request_id: int) -> None:
         """Nothing is in flight: the data thread has returned, or is always on and stops its queues itself."""

@@ -103,6 +103,14 @@ class SidecarFailed(EventData, frozen=True):
     reason: str
 
 
+class SidecarRestarted(EventData, frozen=True):
+    """Another process serves the device; ``reason``: what became of the last one."""
+
+    id: str
+    kind: str
+    reason: str
+
+
 EVENTS: Mapping[str, type[EventData]] = {
     # QEMU's (qapi/run-state.json, migration.json, dump.json)
     "STOP": Stop,
@@ -116,6 +124,7 @@ EVENTS: Mapping[str, type[EventData]] = {
     "BALLOON_CHANGED": BalloonChanged,
     # ours
     "SIDECAR_EXITED": SidecarExited,
+    "SIDECAR_RESTARTED": SidecarRestarted,
     "SIDECAR_FAILED": SidecarFailed,
 }
 

@@ -226,6 +226,15 @@ class MachineControl(Protocol):
     def sidecars(self) -> Sequence[Sidecar]:
         """The backend processes in slot order."""
 
+    def restart_sidecar(
+        self, device_id: str, done: Callable[[QmpError | None], None], *, upgrade: bool = False, path: str = ""
+    ) -> None:
+        """Puts another process in the place of a device's sidecar; ``done`` is called once, when it serves.
+        ``upgrade``: one that runs the code on disk, in the directory ``path`` first.
+
+        Raises DeviceNotFound, QmpError.
+        """
+
     def sidecar_stats(self, device_id: str, done: Callable[[StatsReport | None], None]) -> None:
         """Asks a sidecar for its counters; ``done`` is called once, now or within seconds, with None for none.
 

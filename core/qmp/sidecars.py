@@ -210,3 +210,24 @@ def trace_event_set_state(ctx: Context, args: TraceSet) -> Empty:
     on = ctx.machine.watching.tracing()
     ctx.machine.watching.trace(on | bits if args.enable else on & ~bits)
     return Empty()
+
+
+@command("x-motorcade-sidecar-restart", arguments=SidecarId)
+def x_motorcade_sidecar_restart(ctx: Context, args: SidecarId) -> Deferred:
+    """Puts a new process in the place of a device's sidecar, in good order, or of one that has failed. Answers when
+    that serves the guest."""
+    return _later(lambda done: ctx.machine.restart_sidecar(args.id, done))
+
+
+class UpgradeArguments(Arguments, frozen=True):
+    """Of x-motorcade-sidecar-upgrade; ``path``: a directory in which modules are looked for first."""
+
+    id: str
+    path: str = ""
+
+
+@command("x-motorcade-sidecar-upgrade", arguments=UpgradeArguments)
+def x_motorcade_sidecar_upgrade(ctx: Context, args: UpgradeArguments) -> Deferred:
+    """The same with a new interpreter, which runs the code that is on disk now. Code that does not start leaves the
+    present sidecar serving, and is this command's error."""
+    return _later(lambda done: ctx.machine.restart_sidecar(args.id, done, upgrade=True, path=args.path))

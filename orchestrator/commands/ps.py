@@ -103,7 +103,10 @@ def run_status(args: argparse.Namespace) -> int:
         table(rows, indent="  ")
     if devices := state.get("devices"):
         rows = [["DEVICE", "KIND", "BACKEND"]]
-        rows += [[d.get("id", "?"), d.get("kind", ""), d.get("backend", "")] for d in devices]
+        rows += [
+            [d.get("id", "?"), d.get("kind", ""), " ".join(filter(None, [d.get("backend", ""), d.get("trouble", "")]))]
+            for d in devices
+        ]
         print()
         table(rows, indent="  ")
     return 0

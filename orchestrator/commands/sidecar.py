@@ -10,6 +10,7 @@ from motorcade.orchestrator.commands import (
     sidecar_debug,
     sidecar_ls,
     sidecar_new,
+    sidecar_restart,
     sidecar_sandbox,
     sidecar_stats,
     sidecar_trace,
@@ -26,6 +27,7 @@ examples:
   vmmctl sidecar resume web root          and goes on
   vmmctl sidecar inject web root --fail 1 its next request fails
   vmmctl sidecar debug web root           a Python prompt inside it; --gdb, --py-spy
+  vmmctl sidecar restart web root         another process takes its place
 docs/looking-in.md says what the numbers mean.
 """
 
@@ -45,6 +47,7 @@ def add_parser(commands: Any) -> None:
         sidecar_stats,
         sidecar_trace,
         sidecar_act,
+        sidecar_restart,
         sidecar_debug,
         sidecar_sandbox,
         sidecar_new,

@@ -86,12 +86,13 @@ def describe(vm: rundir.Vm) -> list[dict[str, Any]]:
         if not used and isinstance(pid, int) and start is not None and (cost := procinfo.cost(pid, start)):
             used = {"uptime": cost.uptime, "cpu": cost.cpu, "pss": cost.pss}
         state = process.get("state", "gone")
+        trouble = device.get("trouble", "").partition(":")[0]  # failed, or restarting
         found.append(
             {
                 "device": device["id"],
                 "kind": device.get("kind", ""),
                 "pid": pid,
-                "state": "paused" if core.get("state") == "paused" else state,
+                "state": "paused" if core.get("state") == "paused" else trouble or state,
                 "restarts": process.get("restarts", 0),
                 "uptime": used.get("uptime"),
                 "cpu": used.get("cpu"),

@@ -110,6 +110,9 @@ class BlkDevice(base.Device):
                 "mem": self._mem,
                 "isr": ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr)),
                 "watch": base.watched(ffi, self.watch),
+                "keep": self.keep.native,
+                "keep_map": self.keep.kind if self.keep.kind_size else ffi.NULL,
+                "keep_map_size": self.keep.kind_size,
             },
         )
 
@@ -125,6 +128,10 @@ class BlkDevice(base.Device):
     def engine(self) -> str:
         """What does the I/O: io_uring or sync."""
         return str(ffi.string(lib.mc_blk_engine_name(self._blk)).decode())
+
+    @property
+    def beat(self) -> _blk.CData:
+        return lib.mc_blk_beat(self._blk)
 
     @property
     def features(self) -> int:
@@ -143,7 +150,8 @@ class BlkDevice(base.Device):
     def activate(self, features: int, queues: Sequence[base.QueueConfig]) -> None:
         for q in queues:
             vq = lib.mc_blk_queue(self._blk, q.index)
-            base.init_queue(lib, vq, q, features, kick_fd=self.fds[f"kick.{q.index}"], call_fd=self.fds["call.0"])
+            kick, call = self.fds[f"kick.{q.index}"], self.fds["call.0"]
+            base.init_queue(lib, vq, q, features, kick_fd=kick, call_fd=call, keep=self.keep)
         self._active = [q.index for q in queues]
         lib.mc_blk_activate(self._blk, features, sum(1 << i for i in self._active))
 

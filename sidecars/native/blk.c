@@ -89,7 +89,8 @@ struct mc_blk *mc_blk_new(const struct mc_blk_params *params, char *error)
 	if (!b->p.watch)
 		b->p.watch = &mc_watch_nobody;
 	b->stop_fd = -1;
-	b->writeback = true;
+	b->keep = params->keep ? (struct mc_blk_keep *)params->keep->kind : &b->own_keep;
+	b->writeback = !(b->keep->set && b->keep->write_through);
 	if (params->layers > MC_BLK_MAX_LAYERS || (params->layers && params->overlay.fd < 0)) {
 		snprintf(error, 256, "%u layers: below an overlay up to %u are possible", params->layers, MC_BLK_MAX_LAYERS);
 		goto fail;
@@ -115,8 +116,10 @@ struct mc_blk *mc_blk_new(const struct mc_blk_params *params, char *error)
 		snprintf(error, 256, "eventfd: %s", strerror(errno));
 		goto fail;
 	}
+	b->beat = (struct mc_beat){.wake_fd = b->stop_fd, .event_fd = params->event_fd};
 	if (blk_geometry(b, error) || (blk_has_overlay(b) && blk_overlay_open(b, error)) || open_engine(b, error))
 		goto fail;
+	b->config.wce = b->writeback;
 	return b;
 fail:
 	mc_blk_free(b);
@@ -163,8 +166,13 @@ const char *mc_blk_engine_name(const struct mc_blk *b) { return b->engine->name;
 const struct mc_blk_counters *mc_blk_counters(const struct mc_blk *b) { return &b->counters; }
 struct mc_vq *mc_blk_queue(struct mc_blk *b, uint16_t i) { return &b->queues[i].vq; }
 
+struct mc_beat *mc_blk_beat(struct mc_blk *b) { return &b->beat; }
+
 void mc_blk_set_writeback(struct mc_blk *b, bool on)
 {
+	/* Kept before it is answered, or before a write is: a successor is no laxer than the driver was told. */
+	b->keep->write_through = !on;
+	b->keep->set = 1;
 	b->config.wce = on;
 	__atomic_store_n(&b->writeback, on, __ATOMIC_RELAXED);
 }
@@ -244,10 +252,12 @@ int mc_blk_run(struct mc_blk *b)
 	while (!err) {
 		bool stop = __atomic_load_n(&b->stop, __ATOMIC_ACQUIRE), more = false;
 
+		mc_beat(&b->beat);
 		if (b->delayed)
 			blk_inject_due(b, stop);
-		for (uint16_t i = 0; i < b->p.queues && !stop; i++) {
-			if (b->queues[i].active)
+		for (uint16_t i = 0; i < b->p.queues; i++) {
+			/* What our predecessor had in its hands is finished before we come to rest. */
+			if (b->queues[i].active && (!stop || mc_vq_redo(&b->queues[i].vq)))
 				more |= blk_queue_poll(b, &b->queues[i]);
 		}
 		blk_io_wake(b);

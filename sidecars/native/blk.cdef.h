@@ -36,6 +36,9 @@ struct mc_blk_params {
 	const struct mc_mem *mem;
 	struct mc_isr *isr;
 	struct mc_watch *watch;
+	struct mc_keep *keep;
+	uint8_t *keep_map;
+	uint64_t keep_map_size;
 	...;
 };
 struct mc_blk_counters {
@@ -62,6 +65,7 @@ uint64_t mc_blk_features(const struct mc_blk *b);
 const struct virtio_blk_config *mc_blk_config(const struct mc_blk *b, uint32_t *size);
 const char *mc_blk_engine_name(const struct mc_blk *b);
 const struct mc_blk_counters *mc_blk_counters(const struct mc_blk *b);
+struct mc_beat *mc_blk_beat(struct mc_blk *b);
 struct mc_vq *mc_blk_queue(struct mc_blk *b, uint16_t i);
 void mc_blk_activate(struct mc_blk *b, uint64_t features, uint64_t queue_mask);
 int mc_blk_run(struct mc_blk *b);

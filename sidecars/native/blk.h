@@ -49,6 +49,17 @@ struct mc_blk_params {
 	const struct mc_mem *mem;
 	struct mc_isr *isr;
 	struct mc_watch *watch;		/* NULL: nobody watches */
+	struct mc_keep *keep;		/* what outlives this process (inflight.h) */
+	uint8_t *keep_map;		/* with an overlay: room for its map, zero at first, which outlives us too */
+	uint64_t keep_map_size;
+};
+
+/* What a disk keeps in mc_keep.kind. */
+struct mc_blk_keep {
+	uint8_t set;			/* write_through is what the driver chose */
+	uint8_t write_through;
+	uint8_t mapped;			/* keep_map is the overlay's present map */
+	uint8_t lost;			/* the host lost data that a flush should have kept */
 };
 
 /* Written by the data thread only; read at any time. */
@@ -79,6 +90,7 @@ uint64_t mc_blk_features(const struct mc_blk *b);
 const struct virtio_blk_config *mc_blk_config(const struct mc_blk *b, uint32_t *size);
 const char *mc_blk_engine_name(const struct mc_blk *b);
 const struct mc_blk_counters *mc_blk_counters(const struct mc_blk *b);
+struct mc_beat *mc_blk_beat(struct mc_blk *b);
 /* Queue i, whose mem and isr are set. */
 struct mc_vq *mc_blk_queue(struct mc_blk *b, uint16_t i);
 

@@ -60,7 +60,7 @@ static void map_synced(struct mc_blk *b, struct blk_op *op, int64_t res)
 	b->flush.error = res < 0 ? -res : 0;
 	/* The kernel forgets pages that it could not write: a later success would mean nothing. */
 	if (b->flush.error)
-		b->ov.lost = true;
+		blk_lost(b);
 	finish(b);
 }
 
@@ -131,7 +131,7 @@ static void data_synced(struct mc_blk *b, struct blk_op *op, int64_t res)
 		return;
 	}
 	if (f->error) {
-		b->ov.lost = true;
+		blk_lost(b);
 		finish(b);
 		return;
 	}

@@ -89,6 +89,7 @@ struct blk_overlay {
 	uint8_t *live, *saved;
 	uint8_t *dirty;			/* a byte a page: live differs from saved */
 	uint8_t *below;			/* a byte a block: where it is when it is not here; NULL: all in FILE_DISK */
+	bool kept;			/* live is not ours alone: it outlives us */
 	bool lost;			/* the host lost data that a flush should have kept: nothing more becomes permanent */
 };
 
@@ -142,7 +143,16 @@ struct mc_blk {
 	struct mc_blk_counters counters;
 	uint64_t inject;		/* atomic: blk_inject.c; 0: nothing */
 	struct blk_req *delayed, *last_delayed;	/* by due */
+	struct mc_blk_keep *keep, own_keep;
+	struct mc_beat beat;
 };
+
+/* A flush failed: from here on none succeeds, in this process or a later one. */
+static inline void blk_lost(struct mc_blk *b)
+{
+	b->ov.lost = true;
+	b->keep->lost = 1;
+}
 
 static inline bool blk_has_overlay(const struct mc_blk *b) { return b->p.overlay.fd >= 0; }
 static inline uint64_t blk_min(uint64_t a, uint64_t b) { return a < b ? a : b; }

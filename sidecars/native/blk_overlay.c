@@ -147,11 +147,35 @@ static bool legal(const struct blk_overlay *ov, const uint8_t *map, uint64_t pag
 	return true;
 }
 
+/*
+ * The map as our predecessor left it, which may say more than the file does: it was killed between two flushes. Data was
+ * there before the map said so, in the host's cache at least. What differs from the file is what the next flush writes.
+ */
+static int take_over(struct mc_blk *b)
+{
+	struct blk_overlay *ov = &b->ov;
+
+	for (uint64_t p = 0; p < ov->pages; p++) {
+		if (!legal(ov, ov->live, p))
+			return EBADMSG;
+		ov->dirty[p] = memcmp(ov->live + p * PAGE, ov->saved + p * PAGE, PAGE) != 0;
+		for (uint64_t i = p * PER_PAGE; i < ov->blocks && i < (p + 1) * PER_PAGE; i++)
+			b->counters.overlay_blocks += get(ov->live, i) == BLOCK_DATA;
+	}
+	ov->lost = b->keep->lost;
+	return 0;
+}
+
 static int load(struct mc_blk *b)
 {
 	struct blk_overlay *ov = &b->ov;
 	int err = read_map(b->p.overlay.fd, ov->map_off, ov->pages, ov->saved);
 
+	if (!err && ov->kept && b->keep->mapped)
+		return take_over(b);
+	/* A predecessor that was killed in here may have left some of it. */
+	if (ov->kept)
+		memset(ov->live, 0, ov->pages * PAGE);
 	for (uint64_t p = 0; !err && p < ov->pages; p++) {
 		if (empty(ov->saved, p))
 			continue;
@@ -161,6 +185,9 @@ static int load(struct mc_blk *b)
 		for (uint64_t i = p * PER_PAGE; i < (p + 1) * PER_PAGE; i++)
 			b->counters.overlay_blocks += get(ov->live, i) == BLOCK_DATA;
 	}
+	mc_in_order();
+	if (!err && ov->kept)
+		b->keep->mapped = 1;
 	return err;
 }
 
@@ -240,7 +267,8 @@ int blk_overlay_open(struct mc_blk *b, char *error)
 		snprintf(error, 256, "the overlay's header places its map or its data wrongly");
 		return EINVAL;
 	}
-	ov->live = map_anonymous(ov->pages * PAGE);
+	ov->kept = b->p.keep_map && b->p.keep_map_size >= ov->pages * PAGE;
+	ov->live = ov->kept ? b->p.keep_map : map_anonymous(ov->pages * PAGE);
 	ov->saved = map_anonymous(ov->pages * PAGE);
 	ov->dirty = map_anonymous(ov->pages);
 	b->flush.writing = map_anonymous(ov->pages);
@@ -257,7 +285,7 @@ void blk_overlay_close(struct mc_blk *b)
 {
 	struct blk_overlay *ov = &b->ov;
 
-	if (ov->live)
+	if (ov->live && !ov->kept)
 		munmap(ov->live, ov->pages * PAGE);
 	if (ov->saved)
 		munmap(ov->saved, ov->pages * PAGE);
@@ -269,7 +297,7 @@ void blk_overlay_close(struct mc_blk *b)
 		munmap(b->flush.writing, ov->pages);
 }
 
-static int datasync(struct blk_overlay *ov, int fd)
+static int datasync(struct mc_blk *b, int fd)
 {
 	int err;
 
@@ -278,7 +306,7 @@ static int datasync(struct blk_overlay *ov, int fd)
 	while (err == EINTR);
 	/* As in blk_flush.c: the kernel forgets pages that it could not write. */
 	if (err)
-		ov->lost = true;
+		blk_lost(b);
 	return err;
 }
 
@@ -287,7 +315,7 @@ int blk_overlay_sync(struct mc_blk *b)
 {
 	struct blk_overlay *ov = &b->ov;
 	bool wrote = false;
-	int err = ov->lost ? EIO : datasync(ov, b->p.overlay.fd);
+	int err = ov->lost ? EIO : datasync(b, b->p.overlay.fd);
 
 	for (uint64_t p = 0; !err && p < ov->pages; p++) {
 		if (!ov->dirty[p])
@@ -303,5 +331,5 @@ int blk_overlay_sync(struct mc_blk *b)
 		ov->dirty[p] = 0;
 		wrote = true;
 	}
-	return wrote && !err ? datasync(ov, b->p.overlay.fd) : err;
+	return wrote && !err ? datasync(b, b->p.overlay.fd) : err;
 }

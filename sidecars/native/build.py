@@ -15,7 +15,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-DEVICE = ["watch", "virtqueue", "sandbox", "uffd"]
+DEVICE = ["inflight", "watch", "virtqueue", "sandbox", "uffd"]
 PARTS = {
     "blk": [*DEVICE, "blk"],
     "net": [*DEVICE, "net"],

@@ -55,6 +55,30 @@ void net_capture(struct mc_net *net, const struct iovec *iov, uint32_t n, size_t
 		net->counters.captured++;
 }
 
+/* A field at a time, each right by itself: killed in between, the driver has had no answer yet and asks again of nobody,
+ * since its command is still in the queue. */
+void net_keep(struct mc_net *net)
+{
+	struct mc_net_keep *k = net->keep;
+
+	if (!k)
+		return;
+	k->offloads = net->offloads;
+	k->pairs = net->active_pairs;
+	memcpy(k->mac, &net->mac, sizeof(k->mac));
+	mc_in_order();
+	k->set = 1;
+}
+
+void mc_net_keep_mac(struct mc_net *net, struct mc_keep *keep)
+{
+	net->keep = (struct mc_net_keep *)keep->kind;
+	if (net->keep->set)
+		mc_net_set_mac(net, net->keep->mac);
+}
+
+struct mc_beat *mc_net_beat(struct mc_net *net) { return &net->beat; }
+
 int net_set_offloads(struct mc_net *net, uint64_t guest)
 {
 	int err = 0;
@@ -102,6 +126,8 @@ int net_set_pairs(struct mc_net *net, uint16_t n)
 void mc_net_stop(struct mc_net *net)
 {
 	const uint64_t one = 1;
+
+	__atomic_store_n(&net->stop, true, __ATOMIC_RELEASE);
 	ssize_t n = write(net->stop_fd, &one, sizeof(one));
 	(void)n;
 }
@@ -156,6 +182,28 @@ static struct mc_vq *queue_at(struct mc_net *net, uint16_t index, bool **set)
 	struct net_pair *p = &net->pairs[index / 2];
 	*set = index % 2 ? &p->tx_set : &p->rx_set;
 	return index % 2 ? &p->tx : &p->rx;
+}
+
+int mc_net_keep(struct mc_net *net, struct mc_keep *keep, bool again)
+{
+	struct mc_net_setup setup = {.pairs = net->keep->pairs, .offloads = net->keep->offloads};
+	bool *set = NULL;
+	int err = 0;
+
+	for (uint16_t i = 0; i <= 2 * net->max_pairs; i++) {
+		struct mc_vq *vq = queue_at(net, i, &set);
+
+		if (!vq || !*set)
+			continue;
+		/* A received frame may be in several buffers, which the guest gets together or not at all. */
+		vq->retake_done = vq != &net->ctrl && i % 2 == 0;
+		mc_vq_keep(vq, mc_keep_queue(keep, i), again);
+		*set = vq->error == MC_VQ_OK;
+	}
+	if (again && net->keep->set)
+		err = mc_net_restore(net, &setup);
+	net_keep(net);
+	return err;
 }
 
 const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index)
@@ -230,6 +278,7 @@ void mc_net_set_mac(struct mc_net *net, const uint8_t *mac)
 	if (mac)
 		memcpy(&value, mac, 6);
 	__atomic_store_n(&net->mac, value, __ATOMIC_RELAXED);
+	net_keep(net);
 }
 
 void mc_net_get_setup(const struct mc_net *net, struct mc_net_setup *setup)
@@ -249,7 +298,9 @@ int mc_net_restore(struct mc_net *net, const struct mc_net_setup *setup)
 		return -EINVAL;
 	int err = net_set_pairs(net, setup->pairs);
 
-	return err ? err : net_set_offloads(net, setup->offloads);
+	err = err ? err : net_set_offloads(net, setup->offloads);
+	net_keep(net);
+	return err;
 }
 
 static uint64_t offered(const struct mc_net *net, uint64_t guest, uint16_t mtu)
@@ -287,7 +338,9 @@ uint64_t mc_net_unservable(const struct mc_net *net, uint64_t features)
 	return features & ~known;
 }
 
-static int init(struct mc_net *net, const int *fds, uint16_t mtu, int capture)
+uint64_t mc_net_stream_keep_size(void) { return NET_STREAM_KEEP; }
+
+static int init(struct mc_net *net, const int *fds, uint16_t mtu, int capture, void *keep)
 {
 	const uint64_t link = NET_GUEST_OFFLOADS & ~BIT(VIRTIO_NET_F_GUEST_UFO);
 	int err = net_pcap_init(&net->pcap, capture);
@@ -295,6 +348,7 @@ static int init(struct mc_net *net, const int *fds, uint16_t mtu, int capture)
 	net->stop_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	net->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
 	net->tx_bounce = malloc(NET_ROOM);
+	net->beat = (struct mc_beat){.wake_fd = net->stop_fd, .event_fd = net->event_fd};
 	if (net->stop_fd < 0 || net->event_fd < 0 || !net->tx_bounce)
 		return -errno;
 	for (uint16_t i = 0; i < net->max_pairs; i++) {
@@ -314,7 +368,7 @@ static int init(struct mc_net *net, const int *fds, uint16_t mtu, int capture)
 		break;
 	case MC_NET_PASST:
 		net->pairs[0].fd = net->fds[0] = fds[0];
-		err = err ? err : net_stream_init(&net->stream);
+		err = err ? err : net_stream_init(&net->stream, keep);
 		break;
 	case MC_NET_LINK:
 		net->deliverable = link;
@@ -331,7 +385,7 @@ static int init(struct mc_net *net, const int *fds, uint16_t mtu, int capture)
 }
 
 struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int backend, const int *fds, uint16_t pairs,
-			   const uint8_t mac[6], uint16_t mtu, int capture)
+			   const uint8_t mac[6], uint16_t mtu, int capture, void *stream_keep)
 {
 	struct mc_net *net;
 	int err;
@@ -351,7 +405,7 @@ struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int bac
 	net->pcap.fd = net->epoll_fd = net->stop_fd = net->event_fd = -1;
 	net->link.fd = net->link.listen_fd = net->link.inotify_fd = net->link.timer_fd = -1;
 	memcpy(&net->boot_mac, mac, 6);
-	err = init(net, fds, mtu, capture);
+	err = init(net, fds, mtu, capture, stream_keep);
 	if (err) {
 		mc_net_close(net);
 		errno = -err;

@@ -51,7 +51,9 @@ struct mc_net;
 enum mc_net_backend { MC_NET_TAP, MC_NET_PASST, MC_NET_LINK, MC_NET_NONE, ... };
 void mc_net_watch(struct mc_net *net, struct mc_watch *watch);
 struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int backend, const int *fds, uint16_t pairs,
-			   const uint8_t *mac, uint16_t mtu, int capture);
+			   const uint8_t *mac, uint16_t mtu, int capture, void *stream_keep);
+struct mc_net_stream_keep { uint32_t busy, in_first, in_last, out_first, out_last; ...; };
+uint64_t mc_net_stream_keep_size(void);
 int mc_net_close(struct mc_net *net);
 uint64_t mc_net_features(const struct mc_net *net);
 int mc_net_event_fd(const struct mc_net *net);
@@ -59,6 +61,9 @@ void mc_net_get_status(const struct mc_net *net, struct mc_net_status *status);
 int mc_net_set_features(struct mc_net *net, uint64_t features);
 int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used,
 		     uint16_t last_avail, uint16_t used_idx, int error, int kick, int call);
+int mc_net_keep(struct mc_net *net, struct mc_keep *keep, bool again);
+void mc_net_keep_mac(struct mc_net *net, struct mc_keep *keep);
+struct mc_beat *mc_net_beat(struct mc_net *net);
 const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index);
 void mc_net_inject(struct mc_net *net, uint32_t rx, uint32_t tx);
 int mc_net_run(struct mc_net *net);

@@ -68,16 +68,32 @@ struct mc_net_status {
 	struct mc_net_counters counters;
 };
 
+/* What a NIC keeps in mc_keep.kind, and its successor begins with: what the driver did by its control queue. */
+struct mc_net_keep {
+	uint8_t set;
+	uint8_t mac[6];
+	uint16_t pairs;
+	uint64_t offloads;
+};
+
+/* Where passt's stream stands; the first of what is kept for a NIC behind passt. busy: a process was killed in a step of
+ * which nobody can say how far it came, so that the stream has to be another one. */
+struct mc_net_stream_keep {
+	uint32_t busy, in_first, in_last, out_first, out_last;
+};
+/* Bytes to be kept for a NIC behind passt, beside its queues. */
+uint64_t mc_net_stream_keep_size(void);
+
 struct mc_net;
 
 /*
  * fds: MC_NET_TAP: one tap queue per pair (IFF_VNET_HDR, header of 12 bytes, non-blocking). MC_NET_PASST: a connected
  * stream socket. MC_NET_LINK: a directory, opened for reading, that two sidecars share; it becomes the calling process's
  * working directory. MC_NET_NONE: none. capture: a pcap file, or -1. All stay the caller's and must outlive mc_net_close().
- * Returns NULL and errno.
+ * stream_keep: mc_net_stream_keep_size() bytes that outlive the process, or NULL. Returns NULL and errno.
  */
 struct mc_net *mc_net_open(const struct mc_mem *mem, struct mc_isr *isr, int backend, const int *fds, uint16_t pairs,
-			   const uint8_t mac[6], uint16_t mtu, int capture);
+			   const uint8_t mac[6], uint16_t mtu, int capture, void *stream_keep);
 /* Where its queues are counted and traced, which must outlive mc_net_close(). Before any queue is set. */
 void mc_net_watch(struct mc_net *net, struct mc_watch *watch);
 /* 0, or -errno when the end of the capture could not be written. */
@@ -96,6 +112,12 @@ void mc_net_get_status(const struct mc_net *net, struct mc_net_status *status);
 int mc_net_set_features(struct mc_net *net, uint64_t features);
 int mc_net_set_queue(struct mc_net *net, uint16_t index, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used,
 		     uint16_t last_avail, uint16_t used_idx, int error, int kick, int call);
+/* After all of mc_net_set_queue(): what outlives this process (inflight.h). again: the queues are those that it speaks of,
+ * and what the driver did by its control queue holds. Returns 0 or -errno. */
+int mc_net_keep(struct mc_net *net, struct mc_keep *keep, bool again);
+/* At the start, before any hello: the MAC that the driver chose last. */
+void mc_net_keep_mac(struct mc_net *net, struct mc_keep *keep);
+struct mc_beat *mc_net_beat(struct mc_net *net);
 
 /* NULL: that queue is not set up. One that could not be, since its rings are not legal, has its error set. */
 const struct mc_vq *mc_net_queue(const struct mc_net *net, uint16_t index);

@@ -55,6 +55,7 @@ static bool ctrl_mac(struct mc_net *net, struct ctrl *q, uint8_t cmd)
 		if (!(net->features & BIT(VIRTIO_NET_F_CTRL_MAC_ADDR)) || !ctrl_take(q, &mac, MAC_LEN))
 			return false;
 		__atomic_store_n(&net->mac, mac, __ATOMIC_RELAXED);
+		net_keep(net);
 		net_event(net);
 		return true;
 	}
@@ -71,7 +72,10 @@ static bool ctrl_mq(struct mc_net *net, struct ctrl *q, uint8_t cmd)
 	for (uint16_t i = 0; i < n; i++)
 		if (!net->pairs[i].rx_set || !net->pairs[i].tx_set)
 			return false;
-	return net_set_pairs(net, n) == 0;
+	bool ok = net_set_pairs(net, n) == 0;
+
+	net_keep(net);
+	return ok;
 }
 
 static bool ctrl_offloads(struct mc_net *net, struct ctrl *q, uint8_t cmd)
@@ -81,7 +85,10 @@ static bool ctrl_offloads(struct mc_net *net, struct ctrl *q, uint8_t cmd)
 	if (cmd != VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET || !(net->features & BIT(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)) ||
 	    !ctrl_take(q, &wanted, sizeof(wanted)) || (wanted & ~(net->features & NET_GUEST_OFFLOADS)))
 		return false;
-	return net_set_offloads(net, wanted) == 0;
+	bool ok = net_set_offloads(net, wanted) == 0;
+
+	net_keep(net);
+	return ok;
 }
 
 static bool ctrl_command(struct mc_net *net, const struct mc_chain *c)

@@ -129,6 +129,17 @@ int mc_net_load_frames(struct mc_net *net, uint16_t pair, uint64_t features, con
 		if (r.len > len - at - sizeof(r) || !legal(&r, buf + at + sizeof(r), features))
 			return -EINVAL;
 	}
+	/* Of a passt whose stream goes on, the whole frames are among these; what was saved is not taken from there too. */
+	if (net->backend == MC_NET_PASST) {
+		const uint8_t *frame;
+		uint32_t next = 0, passed;
+
+		do {
+			passed = next;
+			net_stream_peek(&net->stream, &next, &frame);
+		} while (next != passed);
+		net->stream.at->in_first += next;
+	}
 	if (!len)
 		return 0;
 	struct net_pair *p = &net->pairs[pair];

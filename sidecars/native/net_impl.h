@@ -101,14 +101,15 @@ struct net_pair {
 	uint32_t held_first, held_last;
 };
 
-/* passt's byte stream; net_stream.c */
+/* passt's byte stream; net_stream.c. What was read of it and what is still to be sent of a frame outlives the process. */
 struct net_stream {
-	uint8_t *in;			/* NET_STREAM_IN */
-	uint32_t in_first, in_last;
-	uint8_t *out;			/* the rest of a frame that the socket did not take whole */
-	uint32_t out_first, out_last;
+	struct mc_net_stream_keep *at;
+	uint8_t *in;			/* NET_STREAM_IN; behind *at */
+	uint8_t *out;			/* NET_ROOM: the rest of a frame that the socket did not take whole */
+	void *own;			/* where all of that is, when nobody will come after us */
 };
 #define NET_STREAM_IN (256u << 10)
+#define NET_STREAM_KEEP (sizeof(struct mc_net_stream_keep) + NET_STREAM_IN + NET_ROOM)
 
 /* net_link.c */
 struct net_link {
@@ -142,6 +143,9 @@ struct mc_net {
 	struct net_pcap pcap;
 	struct net_stream stream;
 	struct net_link link;
+	struct mc_net_keep *keep;		/* NULL: nobody will come after us */
+	struct mc_beat beat;
+	bool stop;				/* atomic: set by mc_net_stop() */
 	struct mc_net_counters counters;	/* shared, read without locks */
 	struct iovec tx_iov[TX_IOV], rx_iov[MC_NET_IOV_MAX];
 	uint8_t *tx_bounce;			/* NET_ROOM */
@@ -160,6 +164,7 @@ static inline bool net_drops(struct mc_net *net, uint32_t *left)
 void net_queue_broken(struct mc_net *net, struct mc_vq *vq);
 void net_set_link(struct mc_net *net, bool up);
 void net_backend_lost(struct mc_net *net, int error);	/* no more I/O on the backend; the link is down */
+void net_keep(struct mc_net *net);			/* what a successor is to begin with has changed */
 int net_set_pairs(struct mc_net *net, uint16_t n);	/* 0 or -errno */
 int net_set_offloads(struct mc_net *net, uint64_t guest);	/* 0 or -errno */
 void net_rx_start(struct net_pair *p);			/* RX_READY, if there is a queue and something to receive */
@@ -211,7 +216,7 @@ struct tx_frame {
 bool net_tx_parse(struct mc_net *net, struct mc_chain *c, struct tx_frame *f);
 void net_tx_bad(struct mc_net *net, struct net_pair *p);	/* counts such a chain */
 enum tx_state net_stream_tx(struct mc_net *net, struct net_pair *p);
-int net_stream_init(struct net_stream *s);
+int net_stream_init(struct net_stream *s, void *keep);
 /* The whole frame at *at of what was received (0: the first), its length, and *at of the next. 0: no whole frame. */
 uint32_t net_stream_peek(const struct net_stream *s, uint32_t *at, const uint8_t **frame);
 void net_stream_deinit(struct net_stream *s);

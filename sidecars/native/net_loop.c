@@ -68,12 +68,16 @@ static void kicked(struct mc_vq *vq)
 /* True: asked to stop. */
 static bool handle(struct mc_net *net, const struct epoll_event *e, bool *ctrl)
 {
+	uint64_t woken;
 	enum net_tag tag = (enum net_tag)(e->data.u64 >> 32);
 	struct net_pair *p = &net->pairs[(uint32_t)e->data.u64];
 
 	switch (tag) {
 	case TAG_STOP:
-		return true;
+		/* Or to show that we turn. */
+		if (read(net->stop_fd, &woken, sizeof(woken)) < 0)
+			break;
+		return __atomic_load_n(&net->stop, __ATOMIC_ACQUIRE);
 	case TAG_CTRL:
 		kicked(&net->ctrl);
 		*ctrl = true;
@@ -134,6 +138,7 @@ static int loop(struct mc_net *net)
 	bool ctrl = net->ctrl_set;
 
 	for (;;) {
+		mc_beat(&net->beat);
 		if (ctrl)
 			ctrl = net_ctrl_run(net);
 		for (uint16_t i = 0; i < net->max_pairs; i++) {
@@ -158,7 +163,6 @@ static int loop(struct mc_net *net)
 
 int mc_net_run(struct mc_net *net)
 {
-	uint64_t stop;
 	int err;
 
 	net->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -170,6 +174,8 @@ int mc_net_run(struct mc_net *net)
 		struct net_pair *p = &net->pairs[i];
 
 		p->rx_state = RX_OFF;
+		if (p->rx_set && !p->rx.error)
+			mc_vq_go_on(&p->rx);
 		net_rx_start(p);
 		p->tx_state = p->tx_set && p->active && !p->tx.error ? TX_READY : TX_OFF;
 	}
@@ -184,7 +190,7 @@ int mc_net_run(struct mc_net *net)
 		net_event(net);
 	close(net->epoll_fd);
 	net->epoll_fd = -1;
-	while (read(net->stop_fd, &stop, sizeof(stop)) > 0)
-		;
+	/* Asked once, returned once. */
+	__atomic_store_n(&net->stop, false, __ATOMIC_RELAXED);
 	return err;
 }

@@ -13,17 +13,38 @@
 
 #define LEN 4u
 
-int net_stream_init(struct net_stream *s)
+int net_stream_init(struct net_stream *s, void *keep)
 {
-	s->in = malloc(NET_STREAM_IN);
-	s->out = malloc(NET_ROOM);
-	return s->in && s->out ? 0 : -ENOMEM;
+	s->own = keep ? NULL : calloc(1, NET_STREAM_KEEP);
+	if (!keep && !s->own)
+		return -ENOMEM;
+	s->at = keep ? keep : s->own;
+	s->in = (uint8_t *)s->at + sizeof(*s->at);
+	s->out = s->in + NET_STREAM_IN;
+	/* What a predecessor left: where it stood between two frames, or parts of them, unless it was killed in the middle
+	 * of a step. Then the supervisor has started another passt, and cleared this. */
+	if (s->at->in_last > NET_STREAM_IN || s->at->in_first > s->at->in_last || s->at->out_last > NET_ROOM ||
+	    s->at->out_first > s->at->out_last || s->at->busy)
+		return -EPROTO;
+	return 0;
 }
 
 void net_stream_deinit(struct net_stream *s)
 {
-	free(s->in);
-	free(s->out);
+	free(s->own);
+}
+
+/* Between these two a successor could not know where in the stream it is. */
+static void begin_step(struct net_stream *s)
+{
+	s->at->busy = 1;
+	mc_in_order();
+}
+
+static void end_step(struct net_stream *s)
+{
+	mc_in_order();
+	s->at->busy = 0;
 }
 
 /* 1: there are bytes; 0: none for now; -1: the stream ended, or broke the rules (*error, or 0). */
@@ -31,18 +52,23 @@ static int stream_fill(struct net_stream *s, int fd, int *error)
 {
 	ssize_t n;
 
-	if (s->in_first) {
-		memmove(s->in, s->in + s->in_first, s->in_last - s->in_first);
-		s->in_last -= s->in_first;
-		s->in_first = 0;
+	begin_step(s);
+	if (s->at->in_first) {
+		memmove(s->in, s->in + s->at->in_first, s->at->in_last - s->at->in_first);
+		s->at->in_last -= s->at->in_first;
+		s->at->in_first = 0;
 	}
 	do {
-		n = recv(fd, s->in + s->in_last, NET_STREAM_IN - s->in_last, MSG_DONTWAIT);
+		n = recv(fd, s->in + s->at->in_last, NET_STREAM_IN - s->at->in_last, MSG_DONTWAIT);
 	} while (n < 0 && errno == EINTR);
-	if (n > 0) {
-		s->in_last += (uint32_t)n;
+	int failed = errno;
+
+	if (n > 0)
+		s->at->in_last += (uint32_t)n;
+	end_step(s);
+	if (n > 0)
 		return 1;
-	}
+	errno = failed;
 	if (n < 0 && errno == EAGAIN)
 		return 0;
 	*error = n ? errno : ECONNRESET;
@@ -51,15 +77,15 @@ static int stream_fill(struct net_stream *s, int fd, int *error)
 
 uint32_t net_stream_peek(const struct net_stream *s, uint32_t *at, const uint8_t **frame)
 {
-	uint32_t have = s->in_last - s->in_first - *at, len;
+	uint32_t have = s->at->in_last - s->at->in_first - *at, len;
 
 	if (have < LEN)
 		return 0;
-	memcpy(&len, s->in + s->in_first + *at, LEN);
+	memcpy(&len, s->in + s->at->in_first + *at, LEN);
 	len = ntohl(len);
 	if (len > MC_NET_MAX_FRAME || have < LEN + len)
 		return 0;
-	*frame = s->in + s->in_first + *at + LEN;
+	*frame = s->in + s->at->in_first + *at + LEN;
 	*at += LEN + len;
 	return len;
 }
@@ -69,10 +95,10 @@ enum rx_state net_stream_rx(struct mc_net *net, struct net_pair *p)
 	struct net_stream *s = &net->stream;
 
 	for (int i = 0; i < NET_BATCH;) {
-		uint32_t have = s->in_last - s->in_first, len = 0;
+		uint32_t have = s->at->in_last - s->at->in_first, len = 0;
 
 		if (have >= LEN) {
-			memcpy(&len, s->in + s->in_first, LEN);
+			memcpy(&len, s->in + s->at->in_first, LEN);
 			len = ntohl(len);
 			if (len > MC_NET_MAX_FRAME) {
 				/* The borders are lost: nothing that follows can be understood. */
@@ -95,12 +121,12 @@ enum rx_state net_stream_rx(struct mc_net *net, struct net_pair *p)
 			net->counters.rx_dropped_header++;
 		} else if (!net_drops(net, &net->drop_rx)) {
 			struct virtio_net_hdr_v1 hdr = {0};
-			struct iovec src = {s->in + s->in_first + LEN, len};
+			struct iovec src = {s->in + s->at->in_first + LEN, len};
 
 			if (net_rx_copy(net, p, &hdr, &src, 1) == RX_NO_BUFFERS)
 				return RX_STARVED;
 		}
-		s->in_first += LEN + len;
+		s->at->in_first += LEN + len;
 		i++;
 	}
 	return RX_READY;
@@ -109,16 +135,20 @@ enum rx_state net_stream_rx(struct mc_net *net, struct net_pair *p)
 /* The rest of the frame that was sent in part. 1: sent; 0: not yet; -1: never (*error). */
 static int stream_drain(struct net_stream *s, int fd, int *error)
 {
-	while (s->out_first < s->out_last) {
-		ssize_t n = send(fd, s->out + s->out_first, s->out_last - s->out_first, MSG_DONTWAIT | MSG_NOSIGNAL);
+	while (s->at->out_first < s->at->out_last) {
+		begin_step(s);
+		ssize_t n = send(fd, s->out + s->at->out_first, s->at->out_last - s->at->out_first, MSG_DONTWAIT | MSG_NOSIGNAL);
+		int failed = errno;
 
-		if (n < 0 && errno == EINTR)
+		if (n > 0)
+			s->at->out_first += (uint32_t)n;
+		end_step(s);
+		if (n < 0 && failed == EINTR)
 			continue;
 		if (n < 0) {
-			*error = errno;
-			return errno == EAGAIN ? 0 : -1;
+			*error = failed;
+			return failed == EAGAIN ? 0 : -1;
 		}
-		s->out_first += (uint32_t)n;
 	}
 	return 1;
 }
@@ -183,8 +213,8 @@ static bool stream_settle(struct mc_net *net, struct net_pair *p, struct stream_
 		}
 		net_capture(net, iov + 1, b->frames[i].n - 1, 0, b->frames[i].len);
 		if (sent < len) {
-			s->out_first = 0;
-			s->out_last = (uint32_t)mc_iov_read(iov, b->frames[i].n, sent, s->out, len - sent);
+			s->at->out_first = 0;
+			s->at->out_last = (uint32_t)mc_iov_read(iov, b->frames[i].n, sent, s->out, len - sent);
 			sent = 0;
 		} else {
 			sent -= len;
@@ -193,7 +223,7 @@ static bool stream_settle(struct mc_net *net, struct net_pair *p, struct stream_
 		net->counters.tx_packets++;
 		mc_vq_push(&p->tx, b->frames[i].head, 0);
 	}
-	return s->out_first == s->out_last;
+	return s->at->out_first == s->at->out_last;
 }
 
 enum tx_state net_stream_tx(struct mc_net *net, struct net_pair *p)
@@ -214,6 +244,7 @@ enum tx_state net_stream_tx(struct mc_net *net, struct net_pair *p)
 	if (b.iovs) {
 		struct msghdr msg = {.msg_iov = net->tx_iov, .msg_iovlen = b.iovs};
 
+		begin_step(&net->stream);
 		do {
 			n = sendmsg(p->fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
 		} while (n < 0 && errno == EINTR);
@@ -221,9 +252,13 @@ enum tx_state net_stream_tx(struct mc_net *net, struct net_pair *p)
 	if (n < 0 && errno != EAGAIN) {
 		mc_vq_unpop(&p->tx, (uint16_t)b.n);
 		net_backend_lost(net, errno);
+		end_step(&net->stream);
 		return TX_READY;
 	}
-	if (!stream_settle(net, p, &b, n < 0 ? 0 : (size_t)n)) {
+	bool all = stream_settle(net, p, &b, n < 0 ? 0 : (size_t)n);
+
+	end_step(&net->stream);
+	if (!all) {
 		net->counters.tx_blocked++;
 		return TX_BLOCKED;
 	}

@@ -33,6 +33,7 @@ struct mc_queues {
 	void *opaque;
 	int ep, stop_fd, wake_fd, event_fd;
 	bool stopped;
+	struct mc_beat beat;
 	struct iovec iov[MC_MAX_QUEUE_SIZE];
 };
 
@@ -85,6 +86,7 @@ struct mc_queues *mc_queues_new(uint32_t n, int event_fd, mc_queues_handler hand
 	s->ep = epoll_create1(EPOLL_CLOEXEC);
 	s->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	s->beat = (struct mc_beat){.wake_fd = s->wake_fd, .event_fd = event_fd};
 	if (s->ep < 0 || s->stop_fd < 0 || s->wake_fd < 0 || watch(s, s->stop_fd, TAG_STOP) || watch(s, s->wake_fd, TAG_WAKE)) {
 		int error = errno;
 
@@ -133,6 +135,8 @@ void mc_queues_detach(struct mc_queues *s)
 		*q = (struct queue){0};
 	}
 }
+
+struct mc_beat *mc_queues_beat(struct mc_queues *s) { return &s->beat; }
 
 const struct mc_vq *mc_queues_at(const struct mc_queues *s, uint32_t index)
 {
@@ -310,6 +314,7 @@ int mc_queues_next(struct mc_queues *s)
 		uint64_t next = UINT64_MAX;
 		bool busy = false;
 
+		mc_beat(&s->beat);
 		for (uint32_t k = 0; k < s->n; k++)
 			busy = due(&s->q[k], &next) || busy;
 		/* Also when there is enough to do: who never sleeps would never be stopped. */

@@ -9,6 +9,7 @@ struct mc_queues *mc_queues_new(uint32_t n, int event_fd, mc_queues_handler hand
 void mc_queues_free(struct mc_queues *s);
 int mc_queues_attach(struct mc_queues *s, uint32_t index, const struct mc_vq *vq);
 void mc_queues_detach(struct mc_queues *s);
+struct mc_beat *mc_queues_beat(struct mc_queues *s);
 const struct mc_vq *mc_queues_at(const struct mc_queues *s, uint32_t index);
 int mc_queues_next(struct mc_queues *s);
 uint64_t mc_queues_readable(const struct mc_queues *s);

@@ -34,6 +34,8 @@ void mc_queues_free(struct mc_queues *s);
 int mc_queues_attach(struct mc_queues *s, uint32_t index, const struct mc_vq *vq);
 /* A reset: no queue is attached. */
 void mc_queues_detach(struct mc_queues *s);
+/* Turned at each round of mc_queues_next(). */
+struct mc_beat *mc_queues_beat(struct mc_queues *s);
 /* For counters and positions. size is 0 and error too where none is attached. */
 const struct mc_vq *mc_queues_at(const struct mc_queues *s, uint32_t index);
 

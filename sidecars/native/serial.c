@@ -61,6 +61,27 @@ static void deinit(struct mc_serial *s)
 	free(s);
 }
 
+uint64_t mc_serial_keep_size(uint64_t scrollback) { return MC_SERIAL_KEEP + mc_scroll_cap(scrollback); }
+struct mc_beat *mc_serial_beat(struct mc_serial *s) { return &s->beat; }
+
+/* Goes on where a predecessor stopped, as far as what it left can be believed. */
+static void take_over(struct mc_serial *s)
+{
+	struct mc_serial_keep *k = s->keep;
+
+	if (!k->cap) {
+		k->file[0].size = -1;
+		mc_in_order();
+		k->cap = s->scroll.cap;
+	}
+	if (k->stage.off > MC_SERIAL_INPUT || k->stage.len > MC_SERIAL_INPUT - k->stage.off)
+		k->stage.off = k->stage.len = 0;
+	if (k->backend_pos > s->scroll.end)
+		k->backend_pos = s->scroll.end;
+	if (s->file.fd >= 0)
+		mc_file_take_over(s);
+}
+
 struct mc_serial *mc_serial_new(const struct mc_serial_config *cfg)
 {
 	struct mc_serial *s = calloc(1, sizeof(*s));
@@ -71,17 +92,23 @@ struct mc_serial *mc_serial_new(const struct mc_serial_config *cfg)
 	s->cfg = *cfg;
 	s->file.fd = cfg->backend == MC_SERIAL_FILE ? cfg->backend_fd : -1;
 	s->watch_fd = -1;
-	err = mc_scroll_init(&s->scroll, cfg->scrollback, s->file.fd >= 0);
+	s->keep = cfg->keep && cfg->keep_size >= mc_serial_keep_size(cfg->scrollback) ? cfg->keep : NULL;
+	err = mc_scroll_init(&s->scroll, cfg->scrollback, s->file.fd >= 0, s->keep);
+	if (!s->keep)
+		s->keep = &s->own_keep;
+	s->stage = &s->keep->stage;
 	if (err) {
 		free(s);
 		errno = err;
 		return NULL;
 	}
+	take_over(s);
 	pthread_mutex_init(&s->cmd_lock, NULL);
 	pthread_cond_init(&s->cmd_done, NULL);
 	s->ep = epoll_create1(EPOLL_CLOEXEC);
 	s->in_ep = epoll_create1(EPOLL_CLOEXEC);
 	s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	s->beat = (struct mc_beat){.wake_fd = s->wake_fd, .event_fd = cfg->event_fd};
 	for (uint32_t i = 0; i <= MC_SERIAL_CLIENTS; i++)
 		s->sinks[i].fd = -1;
 	if (s->ep < 0 || s->in_ep < 0 || s->wake_fd < 0 ||
@@ -143,8 +170,8 @@ static void save(struct mc_serial *s, struct mc_serial_state *st)
 
 	/* In the order in which it was typed: what is in the ring was staged before. */
 	st->input_len = s->front->pending(s, st->input);
-	memcpy(st->input + st->input_len, s->stage + s->stage_off, s->stage_len);
-	st->input_len += s->stage_len;
+	memcpy(st->input + st->input_len, s->stage->data + s->stage->off, s->stage->len);
+	st->input_len += s->stage->len;
 	n = n < MC_SERIAL_HISTORY ? n : MC_SERIAL_HISTORY;
 	st->history_len = 0;
 	for (int i = 0, parts = mc_scroll_peek(&s->scroll, s->scroll.end - n, n, iov); i < parts; i++) {
@@ -160,12 +187,13 @@ static int load(struct mc_serial *s, const struct mc_serial_state *st)
 	if (!s->held)
 		return EBUSY;
 	s->front->forget(s);
-	memcpy(s->stage, st->input, st->input_len);
-	s->stage_off = 0;
-	s->stage_len = st->input_len;
+	memcpy(s->stage->data, st->input, st->input_len);
+	s->stage->off = 0;
+	s->stage->len = st->input_len;
 	if (!s->scroll.end) {	/* else its readers have seen what it printed */
 		mc_scroll_load(&s->scroll, st->history, st->history_len, &s->file.pos);
-		s->sinks[0].pos = s->scroll.end;
+		s->sinks[0].pos = s->keep->backend_pos = s->keep->loaded = s->scroll.end;
+		mc_file_keep(s);
 	}
 	return 0;
 }
@@ -351,11 +379,13 @@ static int loop(struct mc_serial *s)
 
 	while (!atomic_load(&s->stop)) {
 		bool again = false;
+
+		mc_beat(&s->beat);
 		uint64_t got = s->held ? 0 : s->front->output(s, &again);
 		int timeout;
 
 		again |= mc_sinks_flush(s);
-		if (!s->held && (input || s->stage_len))
+		if (!s->held && (input || s->stage->len))
 			input = mc_sinks_input(s);
 		if (again || (input && !s->held))
 			timeout = 0;

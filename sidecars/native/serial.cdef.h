@@ -26,6 +26,8 @@ struct mc_serial_config {
 	uint64_t scrollback;
 	int ring_fd;
 	int uart_tx_fd, uart_rx_fd;
+	void *keep;
+	uint64_t keep_size;
 	...;
 };
 struct mc_serial_stats {
@@ -42,6 +44,8 @@ struct mc_serial_stats {
 struct mc_serial_state { uint32_t input_len, history_len; uint8_t input[...]; uint8_t history[...]; ...; };
 struct mc_serial;
 int mc_serial_watch_pty(int master);
+uint64_t mc_serial_keep_size(uint64_t scrollback);
+struct mc_beat *mc_serial_beat(struct mc_serial *s);
 struct mc_serial *mc_serial_new(const struct mc_serial_config *cfg);
 int mc_serial_free(struct mc_serial *s);
 int mc_serial_run(struct mc_serial *s);

@@ -54,6 +54,8 @@ struct mc_serial_config {
 	uint64_t scrollback;		/* bytes that a late client is shown */
 	int ring_fd;			/* struct mc_uart_ring; -1: a virtio console */
 	int uart_tx_fd, uart_rx_fd;	/* eventfds, core to sidecar and back; not owned */
+	void *keep;			/* mc_serial_keep_size(scrollback) bytes that outlive this process; NULL: none do */
+	uint64_t keep_size;
 };
 
 struct mc_serial_stats {
@@ -67,21 +69,53 @@ struct mc_serial_stats {
 	int32_t accept_errno;
 };
 
+/* Input that was read and that the guest has not taken. */
+struct mc_stage {
+	uint32_t off, len;
+	uint8_t data[MC_SERIAL_INPUT];
+};
+
+/*
+ * What a console keeps: the scrollback, which is everything that the guest was told is printed, and how far its one
+ * lasting reader, the backend, is. Positions are written after what they speak of was done, so that a reader may be given
+ * some bytes twice and never lacks one; a file's own size says how far its writer really was.
+ */
+struct mc_serial_keep {
+	uint64_t cap;			/* of the scrollback behind this; 0: nobody was here yet */
+	uint64_t end, loaded;		/* struct mc_scroll */
+	uint64_t backend_pos, backend_skipped;
+	/* How far the file's writer was, and how large a regular file was then (-1: unknown): the present one of two. */
+	struct { uint64_t pos; int64_t size; } file[2];
+	uint32_t file_now;
+	uint64_t chain, chain_taken;	/* of the chain with this counter (inflight.h), so many bytes are in the scrollback */
+	struct mc_stage stage;
+};
+#define MC_SERIAL_KEEP 16384		/* where the scrollback begins */
+_Static_assert(sizeof(struct mc_serial_keep) <= MC_SERIAL_KEEP, "a console's positions and input");
+
 /* The scrollback ring. Appended to by the data thread alone. */
 struct mc_scroll {
 	uint8_t *buf;
 	uint64_t cap;			/* power of two */
 	uint64_t history;		/* what a new client is shown, no more than cap */
 	uint64_t end;			/* position after the last byte */
+	uint64_t *kept_end;		/* the same, for a successor */
+	uint64_t own_end;		/* where that is, when there will be none */
+	bool kept;			/* buf is not ours alone */
 	uint64_t loaded;		/* bytes at its beginning that another process appended */
 	bool shared;			/* the file thread reads it too: lock around every change */
 	pthread_mutex_t lock;
 	pthread_cond_t grown;
 };
 
-int mc_scroll_init(struct mc_scroll *sc, uint64_t history, bool shared);
+/* Bytes that the scrollback takes for so much history. */
+uint64_t mc_scroll_cap(uint64_t history);
+/* keep: of mc_serial_config; with a predecessor's scrollback in it, or not. EINVAL: what it left cannot be. */
+int mc_scroll_init(struct mc_scroll *sc, uint64_t history, bool shared, struct mc_serial_keep *keep);
 void mc_scroll_deinit(struct mc_scroll *sc);
 void mc_scroll_append(struct mc_scroll *sc, const uint8_t *data, uint64_t len);
+/* Two pieces as one: a successor finds both, or none. */
+void mc_scroll_append2(struct mc_scroll *sc, const uint8_t *data, uint64_t len, const uint8_t *more, uint64_t more_len);
 /* Appends what another process had; a reader whose position is *reader is not shown it. */
 void mc_scroll_load(struct mc_scroll *sc, const uint8_t *data, uint64_t len, uint64_t *reader);
 /* Bytes that a client who attaches now is shown. */
@@ -114,6 +148,7 @@ struct mc_file {
 	bool started;
 	bool stop;			/* under the scrollback's lock */
 	uint64_t pos;			/* next byte to write; the thread's own */
+	bool regular;			/* its size says what was written */
 	uint8_t buf[65536];
 };
 
@@ -149,6 +184,7 @@ struct mc_console {
 	/* A chain that is larger than a batch is taken in pieces. */
 	struct mc_chain chain;
 	bool chain_held;
+	uint64_t chain_counter;		/* of the one held, in the in-flight region */
 	uint32_t chain_i;
 	uint64_t chain_off;
 	struct iovec rx_iov[MC_MAX_QUEUE_SIZE], tx_iov[MC_MAX_QUEUE_SIZE];
@@ -167,8 +203,9 @@ struct mc_serial {
 	int wake_fd;			/* eventfd: a command, or stop */
 	int watch_fd;			/* cfg's, once it is polled; -1: not a pty */
 	struct mc_sink sinks[1 + MC_SERIAL_CLIENTS];	/* 0 is the backend */
-	uint8_t stage[MC_SERIAL_INPUT];
-	uint32_t stage_off, stage_len;
+	struct mc_serial_keep *keep, own_keep;
+	struct mc_stage *stage;		/* keep's */
+	struct mc_beat beat;
 	struct mc_serial_stats stats;	/* written by the data thread; file_* by the file thread */
 	atomic_uint notices;
 	atomic_bool stop;
@@ -193,6 +230,9 @@ struct mc_serial_state {
 	uint8_t history[MC_SERIAL_HISTORY];	/* the end of what a client who attaches is shown */
 };
 
+/* Bytes to be kept for a console with so much scrollback. */
+uint64_t mc_serial_keep_size(uint64_t scrollback);
+struct mc_beat *mc_serial_beat(struct mc_serial *s);
 /* An inotify descriptor that is readable when somebody has opened the terminal, which the kernel does not tell its master:
  * the caller's to close. It takes a path, which a sidecar has none of: whoever opens the pty calls it. Or -errno. */
 int mc_serial_watch_pty(int master);
@@ -244,6 +284,8 @@ bool mc_sinks_input(struct mc_serial *s);	/* true: there may be more at once */
 bool mc_serial_feed(struct mc_serial *s);	/* the stage to the guest; true: it is empty now */
 void mc_input_arm(struct mc_serial *s, bool wanted);
 
+void mc_file_keep(struct mc_serial *s);		/* for a successor; under the scrollback's lock */
+void mc_file_take_over(struct mc_serial *s);	/* where the file really ends */
 int mc_file_start(struct mc_serial *s);
 int mc_file_stop(struct mc_serial *s);
 

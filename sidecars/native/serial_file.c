@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -30,6 +31,38 @@ static size_t take(struct mc_serial *s, struct mc_file *f, uint64_t *pos, size_t
 		*from_ring += iov[i].iov_len;
 	}
 	return len;
+}
+
+static int64_t size_of(int fd)
+{
+	struct stat st;
+
+	return fstat(fd, &st) || !S_ISREG(st.st_mode) ? -1 : st.st_size;
+}
+
+void mc_file_keep(struct mc_serial *s)
+{
+	struct mc_serial_keep *k = s->keep;
+	uint32_t other = !k->file_now;
+
+	k->file[other].pos = s->file.pos;
+	k->file[other].size = size_of(s->file.fd);
+	mc_in_order();
+	k->file_now = other;
+}
+
+void mc_file_take_over(struct mc_serial *s)
+{
+	struct mc_serial_keep *k = s->keep;
+	uint64_t pos = k->file[k->file_now & 1].pos;
+	int64_t before = k->file[k->file_now & 1].size, now = size_of(s->file.fd);
+
+	/* Our predecessor was killed in a write whose end it did not see. Nobody else appends to a console's file. */
+	if (before >= 0 && now > before)
+		pos += (uint64_t)(now - before);
+	s->file.pos = pos < s->scroll.end ? pos : s->scroll.end;
+	k->file_now = 0;
+	mc_file_keep(s);
 }
 
 static void *file_thread(void *arg)
@@ -71,6 +104,7 @@ static void *file_thread(void *arg)
 			f->pos = pos + (done - note);
 		}
 		/* A note cut off in the middle is written again in full; so are no bytes of the guest's. */
+		mc_file_keep(s);
 		s->stats.file_written += done;
 		s->stats.file_errors += now != 0;
 		s->stats.file_errno = now;

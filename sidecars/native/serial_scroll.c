@@ -6,20 +6,38 @@
 #include <string.h>
 #include <sys/mman.h>
 
-int mc_scroll_init(struct mc_scroll *sc, uint64_t history, bool shared)
+uint64_t mc_scroll_cap(uint64_t history)
 {
 	uint64_t cap = MC_SCROLL_MIN;
 
 	while (cap < history)
 		cap <<= 1;
+	return cap;
+}
+
+int mc_scroll_init(struct mc_scroll *sc, uint64_t history, bool shared, struct mc_serial_keep *keep)
+{
+	uint64_t cap = mc_scroll_cap(history);
+
 	/* Touched as it fills, so an idle guest's scrollback costs address space only. */
-	void *p = mmap(NULL, cap, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (p == MAP_FAILED)
-		return errno;
-	sc->buf = p;
+	if (keep) {
+		if (keep->cap && (keep->cap != cap || keep->loaded > keep->end))
+			return EINVAL;
+		sc->buf = (uint8_t *)keep + MC_SERIAL_KEEP;
+		sc->kept = true;
+		sc->kept_end = &keep->end;
+		sc->loaded = keep->loaded;
+	} else {
+		void *p = mmap(NULL, cap, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+		if (p == MAP_FAILED)
+			return errno;
+		sc->buf = p;
+		sc->kept_end = &sc->own_end;
+	}
 	sc->cap = cap;
 	sc->history = history;
-	sc->end = 0;
+	sc->end = *sc->kept_end;
 	sc->shared = shared;
 	pthread_mutex_init(&sc->lock, NULL);
 	pthread_cond_init(&sc->grown, NULL);
@@ -28,31 +46,47 @@ int mc_scroll_init(struct mc_scroll *sc, uint64_t history, bool shared)
 
 void mc_scroll_deinit(struct mc_scroll *sc)
 {
-	munmap(sc->buf, sc->cap);
+	if (!sc->kept)
+		munmap(sc->buf, sc->cap);
 	pthread_cond_destroy(&sc->grown);
 	pthread_mutex_destroy(&sc->lock);
 }
 
-static void append(struct mc_scroll *sc, const uint8_t *data, uint64_t len)
+/* Puts bytes at end, which is not moved. Returns the next position. */
+static uint64_t put(struct mc_scroll *sc, uint64_t end, const uint8_t *data, uint64_t len)
 {
 	while (len) {
-		uint64_t at = sc->end & (sc->cap - 1);
+		uint64_t at = end & (sc->cap - 1);
 		uint64_t n = sc->cap - at;
 
 		if (n > len)
 			n = len;
 		memcpy(sc->buf + at, data, n);
-		sc->end += n;
+		end += n;
 		data += n;
 		len -= n;
 	}
+	return end;
+}
+
+static void move_end(struct mc_scroll *sc, uint64_t end)
+{
+	/* The bytes before the position that covers them, for whoever comes after us. */
+	mc_in_order();
+	sc->end = *sc->kept_end = end;
+	mc_in_order();
 }
 
 void mc_scroll_append(struct mc_scroll *sc, const uint8_t *data, uint64_t len)
 {
+	mc_scroll_append2(sc, data, len, NULL, 0);
+}
+
+void mc_scroll_append2(struct mc_scroll *sc, const uint8_t *data, uint64_t len, const uint8_t *more, uint64_t more_len)
+{
 	if (sc->shared)
 		pthread_mutex_lock(&sc->lock);
-	append(sc, data, len);
+	move_end(sc, put(sc, put(sc, sc->end, data, len), more, more_len));
 	if (sc->shared) {
 		pthread_cond_signal(&sc->grown);
 		pthread_mutex_unlock(&sc->lock);
@@ -63,7 +97,7 @@ void mc_scroll_load(struct mc_scroll *sc, const uint8_t *data, uint64_t len, uin
 {
 	if (sc->shared)
 		pthread_mutex_lock(&sc->lock);
-	append(sc, data, len);
+	move_end(sc, put(sc, sc->end, data, len));
 	*reader = sc->loaded = sc->end;
 	if (sc->shared)
 		pthread_mutex_unlock(&sc->lock);

@@ -151,6 +151,10 @@ static void flush(struct mc_serial *s, struct mc_sink *k)
 				k->note_len = k->note_off = 0;
 		}
 		k->pos += done;
+		if (k == &s->sinks[0]) {
+			s->keep->backend_pos = k->pos;
+			s->keep->backend_skipped = k->skipped;
+		}
 	}
 	if (k->writing)
 		watch(s, k, k->blocked ? EPOLLOUT : 0);
@@ -290,14 +294,16 @@ void mc_input_arm(struct mc_serial *s, bool wanted)
 
 bool mc_serial_feed(struct mc_serial *s)
 {
-	if (s->stage_len) {
-		uint32_t n = s->front->input(s, s->stage + s->stage_off, s->stage_len);
+	if (s->stage->len) {
+		uint32_t n = s->front->input(s, s->stage->data + s->stage->off, s->stage->len);
 
 		s->stats.guest_in += n;
-		s->stage_off += n;
-		s->stage_len -= n;
+		/* The length first: killed in between, a byte too many is lost rather than typed twice. */
+		s->stage->len -= n;
+		mc_in_order();
+		s->stage->off += n;
 	}
-	return s->stage_len == 0;
+	return s->stage->len == 0;
 }
 
 /* One source at a time fills the empty stage; the input epoll reports those that are ready in turn. */
@@ -315,11 +321,12 @@ bool mc_sinks_input(struct mc_serial *s)
 			return false;
 		}
 		struct mc_sink *k = &s->sinks[ev.data.u64];
-		ssize_t n = read(k->fd, s->stage, MC_SERIAL_STAGE);
+		ssize_t n = read(k->fd, s->stage->data, MC_SERIAL_STAGE);
 
 		if (n > 0) {
-			s->stage_off = 0;
-			s->stage_len = n;
+			s->stage->off = 0;
+			mc_in_order();
+			s->stage->len = n;
 		} else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
 			/* A pty's EIO and a socket's reset end both halves; an end of file only this one. */
 			if (n < 0)
@@ -379,6 +386,8 @@ int mc_sinks_init(struct mc_serial *s)
 {
 	for (uint32_t i = 0; i <= MC_SERIAL_CLIENTS; i++)
 		s->sinks[i].fd = -1;
+	s->sinks[0].pos = s->keep->backend_pos;
+	s->sinks[0].skipped = s->keep->backend_skipped;
 	if (s->cfg.console_fd >= 0 && mc_epoll_set(s->ep, EPOLL_CTL_ADD, s->cfg.console_fd, EPOLLIN, MC_TAG_LISTEN))
 		return errno;
 	if (s->cfg.backend == MC_SERIAL_SOCKET &&

@@ -67,8 +67,7 @@ static uint64_t output(struct mc_serial *s, bool *more)
 
 	if (first > n)
 		first = n;
-	mc_scroll_append(&s->scroll, r->tx_data + at, first);
-	mc_scroll_append(&s->scroll, r->tx_data, n - first);
+	mc_scroll_append2(&s->scroll, r->tx_data + at, first, r->tx_data, n - first);
 	u->tx_tail += n;
 	/* Release: our reads of the bytes are done before the core may write there. */
 	__atomic_store_n(&r->tx.tail, u->tx_tail, __ATOMIC_RELEASE);

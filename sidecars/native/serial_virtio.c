@@ -29,6 +29,8 @@ static bool take_chain(struct mc_serial *s, uint64_t *budget)
 			n = *budget;
 		/* The bytes may change under the copy, which is the guest's own loss. */
 		mc_scroll_append(&s->scroll, (const uint8_t *)v->iov_base + c->chain_off, n);
+		s->keep->chain_taken += n;
+		mc_in_order();
 		c->tx.stats->bytes_in += n;
 		*budget -= n;
 		c->chain_off += n;
@@ -40,6 +42,34 @@ static bool take_chain(struct mc_serial *s, uint64_t *budget)
 	return c->chain_i == c->chain.n_out;
 }
 
+/* A chain is in hand: from its beginning, or from where our predecessor was in it. */
+static void begin_chain(struct mc_serial *s)
+{
+	struct mc_console *c = &s->con;
+	const struct mc_inflight *r = c->tx.inflight;
+	uint64_t skip = 0;
+
+	c->chain_held = true;
+	c->chain_i = 0;
+	c->chain_off = 0;
+	if (r) {
+		uint64_t counter = r->desc[c->chain.head].counter + 1;	/* 0 is nobody's */
+
+		if (s->keep->chain == counter)
+			skip = s->keep->chain_taken;
+		/* In this order: killed in between, none of it is skipped, and none of it was taken. */
+		s->keep->chain = 0;
+		mc_in_order();
+		s->keep->chain_taken = skip;
+		mc_in_order();
+		s->keep->chain = counter;
+	}
+	while (c->chain_i < c->chain.n_out && skip >= c->chain.iov[c->chain_i].iov_len)
+		skip -= c->chain.iov[c->chain_i++].iov_len;
+	if (c->chain_i < c->chain.n_out)
+		c->chain_off = skip;
+}
+
 static uint64_t output(struct mc_serial *s, bool *more)
 {
 	struct mc_console *c = &s->con;
@@ -48,6 +78,9 @@ static uint64_t output(struct mc_serial *s, bool *more)
 	*more = false;
 	if (!c->attached || !c->tx.size || c->tx.error)
 		return 0;
+	/* Of the queue that is not looked at before somebody types. */
+	if (c->rx.size && !c->rx.error)
+		mc_vq_go_on(&c->rx);
 	mc_vq_disable_kick(&c->tx);
 	/* The chains count too, so that a driver that sends empty ones cannot keep the loop to itself. */
 	for (int chains = 0; budget && chains < 2 * MC_MAX_QUEUE_SIZE; chains++) {
@@ -59,9 +92,7 @@ static uint64_t output(struct mc_serial *s, bool *more)
 				broken(s, &c->tx, MC_VQ_BAD_REQUEST);
 				break;
 			}
-			c->chain_held = true;
-			c->chain_i = 0;
-			c->chain_off = 0;
+			begin_chain(s);
 		}
 		if (!take_chain(s, &budget))
 			break;
@@ -157,6 +188,9 @@ void mc_console_attach(struct mc_serial *s, const struct mc_vq *rx, const struct
 
 	c->chain = (struct mc_chain){.iov = c->tx_iov, .max = MC_MAX_QUEUE_SIZE};
 	c->chain_held = false;
+	/* Another driver's chains have the same numbers. */
+	if (!tx || !tx->recovered)
+		s->keep->chain = 0;
 	attach_one(s, &c->rx, rx, MC_TAG_KICK_RX);
 	attach_one(s, &c->tx, tx, MC_TAG_KICK_TX);
 	c->attached = true;

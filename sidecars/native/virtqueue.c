@@ -95,6 +95,8 @@ const char *mc_vq_strerror(int error)
 	case MC_VQ_BAD_ORDER: return "a device-readable buffer follows a device-writable one";
 	case MC_VQ_BAD_REQUEST: return "a request lacks a part that the device needs";
 	case MC_VQ_BAD_RING: return "the queue's size, alignment or place in memory is not legal";
+	case MC_VQ_BAD_USED: return "the used index is not what the device last wrote";
+	case MC_VQ_BAD_KEEP: return "what the device's last process left behind is not of this queue";
 	}
 	return "unknown error";
 }
@@ -274,10 +276,48 @@ static int broken(struct mc_vq *vq, int error)
 	return -1;
 }
 
+static void count_taken(struct mc_vq *vq, const struct mc_chain *c)
+{
+	vq->stats->in_flight++;
+	/* A walked head is below size. Taken twice at once, as a hostile driver may have it, it counts once. */
+	vq->taken_at[c->head] = batch_time(vq);
+	MC_TRACE(vq->watch, MC_EV_TAKE, vq->index, c->head, c->len_out, c->len_in);
+}
+
+/* What is in the device's hands from here on. The counter before the mark that makes it count. */
+static void mark_taken(struct mc_vq *vq, uint16_t head)
+{
+	struct mc_inflight_desc *d = &vq->inflight->desc[head];
+
+	d->counter = vq->counter++;
+	mc_in_order();
+	d->inflight = MC_HEAD_TAKEN;
+	mc_in_order();
+}
+
+/* Takes again what our predecessor had. Its mark and its place in the order stay as they are. */
+static int pop_redo(struct mc_vq *vq, struct mc_chain *c)
+{
+	c->head = vq->redo[vq->redo_at];
+	int error = chain_walk(vq, c);
+
+	if (error)
+		return broken(vq, error);
+	vq->redo_at++;
+	count_taken(vq, c);
+	return 1;
+}
+
 int mc_vq_pop(struct mc_vq *vq, struct mc_chain *c)
 {
 	if (vq->error)
 		return -1;
+	if (vq->recovered)
+		mc_vq_go_on(vq);
+	c->n_out = c->n_in = 0;
+	c->len_out = c->len_in = 0;
+	if (vq->redo_at < vq->redo_n)
+		return pop_redo(vq, c);
 	if (vq->last_avail == vq->avail_seen) {
 		/* Acquire: the ring entries and descriptors that this index covers are read after it. */
 		uint16_t idx = __atomic_load_n(&((struct vring_avail *)vq->avail)->idx, __ATOMIC_ACQUIRE);
@@ -290,28 +330,38 @@ int mc_vq_pop(struct mc_vq *vq, struct mc_chain *c)
 		vq->avail_seen = idx;
 	}
 	c->head = __atomic_load_n(avail_ring(vq, vq->last_avail & (vq->size - 1)), __ATOMIC_RELAXED);
-	c->n_out = c->n_in = 0;
-	c->len_out = c->len_in = 0;
 	int error = chain_walk(vq, c);
 
 	if (error)
 		return broken(vq, error);
+	if (vq->inflight) {
+		mark_taken(vq, c->head);
+		vq->taken[vq->last_avail & (vq->size - 1)] = c->head;
+	}
 	vq->last_avail++;
+	vq->from_ring++;
 	vq->stats->last_avail = vq->last_avail;
 	vq->stats->taken++;
-	vq->stats->in_flight++;
-	/* A walked head is below size. Taken twice at once, as a hostile driver may have it, it counts once. */
-	vq->taken_at[c->head] = batch_time(vq);
-	MC_TRACE(vq->watch, MC_EV_TAKE, vq->index, c->head, c->len_out, c->len_in);
+	count_taken(vq, c);
 	return 1;
 }
 
 void mc_vq_unpop(struct mc_vq *vq, uint16_t n)
 {
-	vq->last_avail -= n;
-	vq->stats->last_avail = vq->last_avail;
-	vq->stats->taken -= n;
+	vq->stats->taken -= n < vq->from_ring ? n : vq->from_ring;
 	vq->stats->in_flight -= n < vq->stats->in_flight ? n : vq->stats->in_flight;
+	/* From the last to the first: killed in between, the marks that are left are those of a run without gaps. */
+	for (; n && vq->from_ring; n--) {
+		vq->last_avail--;
+		vq->from_ring--;
+		if (vq->inflight) {
+			vq->inflight->desc[vq->taken[vq->last_avail & (vq->size - 1)]].inflight = MC_HEAD_FREE;
+			mc_in_order();
+		}
+	}
+	/* What is older is not in the avail ring, and stays in our hands as far as the region is concerned. */
+	vq->redo_at -= n < vq->redo_at ? n : vq->redo_at;
+	vq->stats->last_avail = vq->last_avail;
 }
 
 static void count_answer(struct mc_vq *vq, uint16_t head, uint32_t len)
@@ -332,17 +382,52 @@ static void count_answer(struct mc_vq *vq, uint16_t head, uint32_t len)
 	MC_TRACE(vq->watch, MC_EV_PUSH, vq->index, head, len, took);
 }
 
+/* Answered: from here on a successor publishes this answer instead of doing the work again. The length and the place in
+ * the batch before the mark that makes them count. */
+static void mark_done(struct mc_vq *vq, uint16_t head, uint32_t len)
+{
+	struct mc_inflight *r = vq->inflight;
+	struct mc_inflight_desc *d = &r->desc[head];
+
+	d->len_low = (uint16_t)len;
+	d->len_high = len >> 16;
+	d->next = r->last_batch_head;
+	r->last_batch_head = head;
+	mc_in_order();
+	d->inflight = MC_HEAD_DONE;
+	mc_in_order();
+}
+
+/* The batch of n heads is published. The marks first: used_idx says that they are gone. A head that the guest made
+ * available twice is in its batch twice, which costs a step. */
+static void mark_published(struct mc_vq *vq, uint16_t n)
+{
+	struct mc_inflight *r = vq->inflight;
+
+	for (uint16_t i = r->last_batch_head; n && i < vq->size; i = r->desc[i].next, n--)
+		r->desc[i].inflight = MC_HEAD_FREE;
+	mc_in_order();
+	r->used_idx = vq->used_idx;
+}
+
 void mc_vq_push(struct mc_vq *vq, uint16_t head, uint32_t len)
 {
 	if (vq->error)
 		return;
+	mc_vq_push_again(vq, head, len);
+	count_answer(vq, head, len);
+}
+
+void mc_vq_push_again(struct mc_vq *vq, uint16_t head, uint32_t len)
+{
 	struct vring_used_elem *e = used_ring(vq, vq->used_idx & (vq->size - 1));
 
 	/* Ordered before the driver's look at them by the release store of used.idx in mc_vq_flush(). */
 	__atomic_store_n(&e->id, head, __ATOMIC_RELAXED);
 	__atomic_store_n(&e->len, len, __ATOMIC_RELAXED);
 	vq->used_idx++;
-	count_answer(vq, head, len);
+	if (vq->inflight)
+		mark_done(vq, head, len);
 }
 
 static bool wants_interrupt(const struct mc_vq *vq, uint16_t old)
@@ -360,8 +445,16 @@ void mc_vq_flush(struct mc_vq *vq)
 	if (vq->error || old == vq->used_idx)
 		return;
 	mark_used(vq, old);
+	if (vq->inflight) {
+		vq->inflight->next_used = vq->used_idx;
+		mc_in_order();
+	}
 	/* Release: the used entries, and the data that we wrote into buffers, before the index that covers them. */
 	__atomic_store_n(&((struct vring_used *)vq->used)->idx, vq->used_idx, __ATOMIC_RELEASE);
+	if (vq->inflight) {
+		mc_in_order();
+		mark_published(vq, vq->used_idx - old);
+	}
 	mc_mem_mark(vq->mem, vq->used, sizeof(struct vring_used));
 	/* Full: used.idx is visible before we look whether the driver wants to hear of it. The driver writes used_event
 	 * (or flags) and then looks at used.idx; without this both could miss the other and the guest would hang. */

@@ -12,7 +12,10 @@ struct mc_vq {
 	uint16_t used_idx;
 	int error;
 	struct mc_watch *watch;
+	bool retake_done;
+	uint16_t redo_at, redo_n;
 	...;
 };
+void mc_vq_keep(struct mc_vq *vq, struct mc_inflight *inflight, bool again);
 int mc_vq_init(struct mc_vq *vq, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used);
 const char *mc_vq_strerror(int error);

@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "inflight.h"
 #include "watch.h"
 
 #define MC_MAX_REGIONS 8
@@ -52,6 +53,8 @@ enum mc_vq_error {
 	MC_VQ_BAD_ORDER,	/* a device-readable buffer after a device-writable one (2.7.4.2) */
 	MC_VQ_BAD_REQUEST,	/* the chain does not hold what the device type requires; set by the device */
 	MC_VQ_BAD_RING,		/* mc_vq_init(): size, alignment or a part outside RAM */
+	MC_VQ_BAD_USED,		/* mc_vq_keep(): used.idx is not what a device last wrote there */
+	MC_VQ_BAD_KEEP,		/* mc_vq_keep(): the in-flight region is not this queue's */
 };
 
 const char *mc_vq_strerror(int error);
@@ -79,7 +82,19 @@ struct mc_vq {
 	struct mc_vq_stats *stats;	/* in watch; set by mc_vq_init() */
 	uint64_t now;			/* CLOCK_MONOTONIC in ns, read once a batch; 0: not read yet */
 	uint64_t taken_at[MC_MAX_QUEUE_SIZE];	/* by head: when it was popped; 0: it was not */
+
+	/* What a successor of this process will know of the queue; NULL: nobody will. */
+	struct mc_inflight *inflight;
+	uint64_t counter;		/* of the next head that is taken */
+	bool retake_done;		/* set before mc_vq_keep(): what was answered and not published is taken again */
+	bool recovered;			/* mc_vq_go_on() is still to come */
+	/* What our predecessor had in its hands and cannot be taken from the avail ring again: popped first. */
+	uint16_t redo_at, redo_n;
+	uint64_t from_ring;		/* popped from the avail ring, and not given back */
+	uint16_t redo[MC_MAX_QUEUE_SIZE], taken[MC_MAX_QUEUE_SIZE];	/* taken: by avail index, for mc_vq_unpop() */
 };
+
+_Static_assert(MC_MAX_QUEUE_SIZE == MC_INFLIGHT_MAX, "every head has its place in the region");
 
 /* A chain copied out of the ring: n_out device-readable iovecs, then n_in device-writable ones. Both point
  * into guest memory, whose *contents* may still change under the reader. */
@@ -97,6 +112,20 @@ struct mc_chain {
  * Returns 0, or an enum mc_vq_error, which is also in vq->error. */
 int mc_vq_init(struct mc_vq *vq, uint16_t size, uint64_t desc, uint64_t avail, uint64_t used);
 
+/*
+ * After mc_vq_init(): what happens in this queue is noted in its in-flight region (NULL: nowhere), for the process that
+ * comes after this one. again: this is that process; last_avail and used_idx become what follows from region and rings,
+ * whatever they were. vq->error is set where those two cannot belong together. The guest is not touched.
+ */
+void mc_vq_keep(struct mc_vq *vq, struct mc_inflight *inflight, bool again);
+
+/* Once a recovered queue may touch the guest: publishes what its last device had done, and interrupts the driver, who may
+ * have missed an interrupt. mc_vq_pop() calls it; a loop that does not pop at once calls it before it sleeps. */
+void mc_vq_go_on(struct mc_vq *vq);
+
+/* Heads that the last process had in its hands and this one has not taken yet, but for what is in the avail ring again. To
+ * be taken before the device comes to rest: a saved position has no room for them. */
+static inline uint16_t mc_vq_redo(const struct mc_vq *vq) { return vq->error ? 0 : vq->redo_n - vq->redo_at; }
 /* The guest's notification has arrived. */
 static inline void mc_vq_kicked(struct mc_vq *vq)
 {
@@ -121,6 +150,9 @@ void mc_vq_unpop(struct mc_vq *vq, uint16_t n);
 
 /* Writes a used entry without publishing it; len is the bytes written into device-writable buffers. */
 void mc_vq_push(struct mc_vq *vq, uint16_t head, uint32_t len);
+
+/* The same of an answer that has been counted: of a predecessor's. */
+void mc_vq_push_again(struct mc_vq *vq, uint16_t head, uint32_t len);
 
 /* Publishes what was pushed (once a batch), and interrupts the guest if it wants to be (EVENT_IDX, NO_INTERRUPT). */
 void mc_vq_flush(struct mc_vq *vq);

@@ -85,13 +85,21 @@ class NetDevice(Device):
             role.mac,
             role.mtu,
             capture,
+            self.keep.kind if self.keep.kind_size else ffi.NULL,
         )
         if self._net == ffi.NULL:
             raise OSError(ffi.errno, f"net {role.device_id}: {role.backend}: {os.strerror(ffi.errno)}")
         lib.mc_net_watch(self._net, watched(ffi, self.watch))
+        lib.mc_net_keep_mac(self._net, self.keep.native)
+        lib.mc_net_beat(self._net).event_fd = self.event_fd
         self._reported = self._status()
         self._restored: saved.NetState | None = None  # between load and activate
         self._accepted = 0  # feature bits that a loaded driver had accepted before another backend
+
+    @property
+    def beat(self) -> Any:
+        """Of the C loop."""
+        return lib.mc_net_beat(self._net)
 
     @property
     def features(self) -> int:
@@ -124,6 +132,9 @@ class NetDevice(Device):
             if lib.mc_net_set_queue(self._net, *rings, q.last_avail, q.used_idx, q.error, kick, call) < 0:
                 # Legal to set up, never used: without MQ, or without CTRL_VQ, the driver has fewer queues.
                 log.warning("queue %d is ready, but has no use with features %#x", q.index, features)
+        error = lib.mc_net_keep(self._net, self.keep.native, self.keep.again)
+        if error and not self._status().backend_error:
+            raise OSError(-error, f"net {self.role.device_id}: what the driver had asked for: {os.strerror(-error)}")
         if restored is not None:
             self._restore(restored)
 

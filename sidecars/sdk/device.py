@@ -111,6 +111,11 @@ class Device(Kind):
         return len(cls.sizes)
 
     @property
+    def beat(self) -> Any:
+        """Of the loop that ``run`` waits in; a ``handle`` that does not return shows as silence."""
+        return lib.mc_queues_beat(self._queues)
+
+    @property
     def features(self) -> int:
         """The type's and the rings'."""
         return self.offers | device.RING_FEATURES
@@ -129,7 +134,7 @@ class Device(Kind):
             vq.isr = ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr))
             vq.watch = device.watched(ffi, self.watch)
             kick, call = self.fds[f"kick.{queue.index}"], self.fds["call.0"]
-            device.init_queue(lib, vq, queue, features, kick_fd=kick, call_fd=call)
+            device.init_queue(lib, vq, queue, features, kick_fd=kick, call_fd=call, keep=self.keep)
             if error := lib.mc_queues_attach(self._queues, queue.index, vq):
                 raise OSError(error, f"queue {queue.index}: {os.strerror(error)}")
 

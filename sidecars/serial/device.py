@@ -100,6 +100,8 @@ class SerialDevice(Device):
         config.ring_fd = fds["uart.ring"] if self._uart else -1
         config.uart_tx_fd = fds["uart.tx"] if self._uart else -1
         config.uart_rx_fd = fds["uart.rx"] if self._uart else -1
+        config.keep = self.keep.kind if self.keep.kind_size else ffi.NULL
+        config.keep_size = self.keep.kind_size
         self._serial = lib.mc_serial_new(config)
         if self._serial == ffi.NULL:
             raise OSError(ffi.errno, f"serial {role.device_id}: {os.strerror(ffi.errno)}")
@@ -112,6 +114,11 @@ class SerialDevice(Device):
     def always_on(self) -> bool:
         """Consoles are read and typed at while no driver is there."""
         return True
+
+    @property
+    def beat(self) -> Any:
+        """Of the C loop."""
+        return lib.mc_serial_beat(self._serial)
 
     @property
     def features(self) -> int:
@@ -138,7 +145,8 @@ class SerialDevice(Device):
             vq.mem = self._mem
             vq.isr = ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr))
             vq.watch = watched(ffi, self.watch)
-            init_queue(lib, vq, queue, features, kick_fd=self.fds[f"kick.{queue.index}"], call_fd=self.fds["call.0"])
+            kick, call = self.fds[f"kick.{queue.index}"], self.fds["call.0"]
+            init_queue(lib, vq, queue, features, kick_fd=kick, call_fd=call, keep=self.keep)
         self._features = features
         lib.mc_serial_attach(self._serial, vqs[RX], vqs[TX])
 

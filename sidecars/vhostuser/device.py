@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from motorcade.sidecars import _vhost, device, sdk
-from motorcade.sidecars.device import BrokenQueue, DeviceState, QueueConfig, QueueState
+from motorcade.sidecars.device import BAD_AVAIL_IDX, BrokenQueue, DeviceState, QueueConfig, QueueState
 from motorcade.sidecars.sandbox.calls import allow
 from motorcade.sidecars.vhostuser import opening
 from motorcade.sidecars.vhostuser.options import VhostUserOptions
@@ -117,7 +117,8 @@ class VhostUserDevice(sdk.Kind):
         from motorcade.sidecars.vhostuser.frontend import Setting
 
         setting = Setting(features)
-        for queue in queues:
+        for given in queues:
+            queue = self._go_on(given) if self.keep.again else given
             vq = ffi.new("struct mc_vq *")
             vq.mem = self._mem
             vq.isr = ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr))
@@ -130,6 +131,17 @@ class VhostUserDevice(sdk.Kind):
                 setting.rings[queue.index] = Ring(queue.index, queue.size, queue.desc, queue.driver, queue.device)
             setting.at[queue.index] = queue.last_avail, queue.used_idx
         self._front.begin(setting)
+
+    def _go_on(self, queue: QueueConfig) -> QueueConfig:
+        """A queue that another process has served, whose backend is gone with its connection. Where nothing was in
+        flight the next one begins there; else nobody knows what was, and the queue is broken."""
+        try:
+            ends = [int.from_bytes(self.memory.read(at + 2, 2), "little") for at in (queue.driver, queue.device)]
+        except ValueError:
+            return queue  # outside of memory, as init_queue will say
+        offered, used = ends
+        lost = offered != used
+        return dataclasses.replace(queue, last_avail=used, used_idx=used, error=BAD_AVAIL_IDX if lost else queue.error)
 
     def run(self) -> None:
         """See frontend.py."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from harness.compile import NATIVE, compile_c, run
 
 PARTS = [f"blk{part}.c" for part in ("", "_req", "_io", "_flush", "_overlay", "_geometry", "_inject")]
-PARTS += ["virtqueue.c", "watch.c"]
+PARTS += ["virtqueue.c", "virtqueue_recover.c", "inflight.c", "watch.c"]
 
 
 def test_power_cuts(tmp_path: Path) -> None:

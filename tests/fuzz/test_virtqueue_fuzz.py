@@ -8,10 +8,11 @@ from pathlib import Path
 
 from harness.compile import NATIVE, compile_c, run
 
+PARTS = [NATIVE / name for name in ("virtqueue.c", "virtqueue_recover.c", "inflight.c", "watch.c")]
+
 
 def test_random_rings(tmp_path: Path) -> None:
-    sources = [Path(__file__).with_name("virtqueue_fuzz.c"), NATIVE / "virtqueue.c", NATIVE / "watch.c"]
-    program = compile_c(tmp_path / "fuzz", sources)
+    program = compile_c(tmp_path / "fuzz", [Path(__file__).with_name("virtqueue_fuzz.c"), *PARTS])
     seconds = int(os.environ.get("MOTORCADE_FUZZ_SECONDS", "3"))
     seed = 1 if "MOTORCADE_FUZZ_SECONDS" not in os.environ else random.randrange(1, 1 << 32)
     # The seed is in the report of a failure.

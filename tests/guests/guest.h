@@ -45,9 +45,10 @@ uint64_t number(const char *s);
 /* FIRST:SECOND; returns the second's text */
 const char *pair(const char *arg, uint64_t *first);
 
-/* Words (serve.c) */
+/* Words (serve.c, load.c) */
 void do_ram(const char *arg);
 void do_serve(const char *arg);
+void do_disk(const char *arg);
 
 /* Routes a GSI, edge-triggered, to IRQ_VECTOR on the boot processor and turns interrupts on. */
 void enable_irq(unsigned gsi);

@@ -338,6 +338,7 @@ static const struct { const char *name; void (*run)(const char *arg); } words[] 
 	{ "isr", do_isr }, { "kicks", do_kicks }, { "fault", do_fault }, { "bad", do_bad }, { "smp", do_smp },
 	{ "cpuid", do_cpuid_word }, { "out", do_out }, { "store", do_store }, { "load", do_load }, { "initrd", do_initrd },
 	{ "ram", do_ram }, { "serve", do_serve },
+	{ "disk", do_disk },
 };
 
 static const char *match(const char *text, const char *name)

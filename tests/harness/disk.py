@@ -103,6 +103,7 @@ class Disk(Sidecar):
         layers: Sequence[Path] = (),
         incoming: bool = False,
         predecessor: Sidecar | None = None,
+        takes_over: bool = False,
     ) -> None:
         flags = os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         mode = os.O_RDONLY if readonly or overlay_path else os.O_RDWR
@@ -137,6 +138,7 @@ class Disk(Sidecar):
                 wait=wait,
                 incoming=incoming,
                 predecessor=predecessor,
+                takes_over=takes_over,
             )
         finally:
             for fd in fds.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from typing import Self
 
 from harness import zygote
 from harness.driver import Memory, Queue
+from motorcade.orchestrator import keeps
 from motorcade.proto import boot as boot_proto
 from motorcade.proto import messages as m
 from motorcade.proto.framing import ControlServer, Outcome
@@ -29,6 +31,8 @@ from motorcade.proto.versions import PROTOCOL_VERSION
 from motorcade.sidecars.device import RING_EVENT_IDX, RING_INDIRECT_DESC, map_isr
 
 TIMEOUT = 20.0  # seconds, for whatever must happen soon: generous, since CI machines are slow
+
+_activations = itertools.count(1)
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class Sidecar:
     context manager. ``incoming``: it starts quiesced. ``lazy``: its memory fills itself; ``userfaultfd``, when it is
     ready, is this object's. ``predecessor``: the same device in an earlier process, which has ended; its guest memory,
     eventfds and InterruptStatus are used on, and stay its own. ``reopen`` is asked by a kit's kind, as the supervisor.
+    ``takes_over``: it goes on from what that left in its in-flight memory.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Sidecar:
         incoming: bool = False,
         lazy: bool = False,
         predecessor: Sidecar | None = None,
+        takes_over: bool = False,
         reopen: Callable[[], dict[str, int]] | None = None,
     ) -> None:
         self.kind, self.role = kind, role
@@ -73,13 +79,21 @@ class Sidecar:
         self.kicks: list[int]
         self.call: int
         self.isr_fd: int
+        self.inflight: int
+        self.setup: m.Activate | None = None  # what the driver has set up
         if predecessor:
             self.kicks, self.call, self.isr_fd = predecessor.kicks, predecessor.call, predecessor.isr_fd
+            self.setup = predecessor.setup
         else:
             self.kicks = [os.eventfd(0, flags) for _ in range(queues)]
             self.call = os.eventfd(0, flags)
             self.isr_fd = os.memfd_create("isr", os.MFD_CLOEXEC)
             os.ftruncate(self.isr_fd, 4096)
+        if predecessor and takes_over:
+            self.inflight = os.dup(predecessor.inflight)
+        else:
+            self.inflight = os.memfd_create("inflight", os.MFD_CLOEXEC)
+            os.ftruncate(self.inflight, keeps.size(role, queues, fds))
         self._isr = map_isr(self.isr_fd)
         self.log_path = self.directory / "log"
         self._log_fd = os.open(self.log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
@@ -110,7 +124,7 @@ class Sidecar:
         )
         own = {f"kick.{i}": fd for i, fd in enumerate(self.kicks)}
         own |= {"memory": self.memory.fd, "call.0": self.call, "isr": self.isr_fd, "log": self._log_fd}
-        own["dirty"] = self.memory.dirty_fd
+        own |= {"dirty": self.memory.dirty_fd, "inflight": self.inflight}
         own["run"] = run = os.open(self.directory, os.O_PATH | os.O_CLOEXEC)
         boot_proto.send_boot(self.boot_socket, boot, {**own, **fds})
         os.close(run)
@@ -226,7 +240,13 @@ class Sidecar:
     def activate(self, queues: Sequence[Queue], features: int | None = None) -> None:
         """DRIVER_OK. ``features`` by default all that was offered, with the ring features that the queues use."""
         features = self.accepted(queues) if features is None else features
-        self.ask(m.Activate(features, tuple(q.config for q in queues)))
+        self.setup = m.Activate(features, tuple(q.config for q in queues), activation=next(_activations))
+        self.ask(self.setup)
+
+    def take_over(self) -> None:
+        """The core's welcome of a sidecar that was started ``incoming`` in the place of its ``predecessor``."""
+        self.ask(self.setup if self.setup is not None else m.Reset())
+        self.resume()
 
     def accepted(self, queues: Sequence[Queue]) -> int:
         """The features of a driver that takes all, with the ring features that the queues use."""
@@ -267,11 +287,14 @@ class Sidecar:
             dataclasses.replace(at[i], last_avail=q.last_avail, used_idx=q.used_idx, error=q.error)
             for i, q in places.items()
         ]
-        self.ask(m.Activate(self.accepted(queues) if features is None else features, tuple(restored), restored=True))
+        features = self.accepted(queues) if features is None else features
+        self.setup = m.Activate(features, tuple(restored), restored=True, activation=next(_activations))
+        self.ask(self.setup)
 
     def reset(self) -> None:
         """The driver writes 0 to the device status."""
         self.ask(m.Reset())
+        self.setup = None
         self.needs_reset.clear()
 
     def stats(self) -> m.StatsReport:
@@ -347,6 +370,7 @@ class Sidecar:
         self.server.close()
         self.boot_socket.close()
         own = [] if self._predecessor else [*self.kicks, self.call, self.isr_fd]
+        own.append(self.inflight)
         if self.userfaultfd >= 0:
             own.append(self.userfaultfd)
         for fd in [*own, self._log_fd, self._child.status]:

@@ -257,7 +257,9 @@ def test_the_driver_finds_its_device_as_it_left_it(template: Path, tmp_path: Pat
         b.server.answers[m.Activate] = lambda asked: activations.append(asked.body) or m.Ok()
         b.start()
         queue = m.Queue(0, 32, 65536, 69632, 73728, last_avail=7, used_idx=9)
-        assert activations == [m.Activate(1 << 32, (queue,), restored=True)]
+        (activation,) = activations
+        assert activation.activation  # no other set-up has that number
+        assert activation == m.Activate(1 << 32, (queue,), restored=True, activation=activation.activation)
         device = b.machine._platform.devices["disk0"]
         assert (device.status, device.queues[0].size, device.queues[0].ready) == (15, 32, True)
         b.machine.resume()
