@@ -84,6 +84,8 @@ class Hotplug:
         self._leaving: set[str] = set()  # whose sidecars were asked to end
         self.backends: dict[str, str] = {}
         """Name to kind, of those that a command has opened."""
+        self.options: dict[str, dict[str, Any]] = {}
+        """And to what it said of them, as machine.yaml has it."""
         self.users: dict[str, str] = {}
         """Backend to the device that has it."""
         self._seen = {slot.index for slot in platform.slots}
@@ -204,7 +206,7 @@ class Hotplug:
         finally:
             for fd in fds:
                 os.close(fd)
-        self.backends[name] = kind
+        self.backends[name], self.options[name] = kind, options
 
     async def _close(self, name: str, kind: str) -> None:
         if self.backends.get(name) != kind:
@@ -215,7 +217,7 @@ class Hotplug:
             what = "Node" if kind == "blk" else "Network backend"
             raise QmpError(f"{what} '{name}' is busy: device '{user}' uses it; device_del takes that away")
         await self._ask(ask.CloseBackend(name))
-        del self.backends[name]
+        del self.backends[name], self.options[name]
 
     # Coming.
 
@@ -227,7 +229,7 @@ class Hotplug:
             await self._close(device.backend, device.kind)
             raise
         # It goes with its device.
-        del self.backends[device.backend], self.users[device.backend]
+        del self.backends[device.backend], self.options[device.backend], self.users[device.backend]
 
     async def _add(self, device: AddDevice) -> None:
         self._check_state()

@@ -5,19 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from motorcade.core.hotplug import is_held
+from motorcade.core.hotplug import Hotplug, is_held
 from motorcade.core.platform import NO_SLOT, PAGER, Platform
 from motorcade.core.qmp import machine as qmp
 from motorcade.proto import messages
 
 
-def block_devices(platform: Platform) -> Sequence[qmp.BlockDevice]:
+def block_devices(platform: Platform, hotplug: Hotplug) -> Sequence[qmp.BlockDevice]:
     """The disks in slot order."""
     disks = [slot for slot in platform.slots if slot.kind == "blk" and not is_held(slot.device_id)]
-    return [_block_device(platform, slot) for slot in sorted(disks, key=lambda slot: slot.index)]
+    nodes = {user: backend for backend, user in hotplug.users.items()}
+    return [
+        _block_device(platform, slot, nodes.get(slot.device_id, slot.device_id))
+        for slot in sorted(disks, key=lambda slot: slot.index)
+    ]
 
 
-def _block_device(platform: Platform, slot: messages.Slot) -> qmp.BlockDevice:
+def spare_nodes(hotplug: Hotplug) -> Sequence[qmp.BlockDevice]:
+    """The images that blockdev-add has opened and no disk uses."""
+    unused = sorted(name for name, kind in hotplug.backends.items() if kind == "blk" and name not in hotplug.users)
+    return [
+        qmp.BlockDevice("", options["path"], "raw", None, options["readonly"], options["direct"], node=name)
+        for name, options in ((name, hotplug.options[name]) for name in unused)
+    ]
+
+
+def _block_device(platform: Platform, slot: messages.Slot, node: str) -> qmp.BlockDevice:
     info = json.loads(slot.info)
     identity = platform.devices[slot.device_id].identity
     # Configuration space begins with the capacity in sectors of 512 bytes (virtio 1.2, 5.2.4).
@@ -30,6 +43,7 @@ def _block_device(platform: Platform, slot: messages.Slot) -> qmp.BlockDevice:
         readonly=info["ro"],
         direct=info["direct"],
         backing=info["backing-file"] or "",
+        node=node,
     )
 
 
@@ -43,7 +57,8 @@ def char_devices(platform: Platform) -> Sequence[qmp.CharDevice]:
 
 def net_devices(platform: Platform) -> Sequence[qmp.NetDevice]:
     """The NICs in slot order."""
-    nets = sorted((slot for slot in platform.slots if slot.kind == "net"), key=lambda slot: slot.index)
+    nets = [slot for slot in platform.slots if slot.kind == "net" and not is_held(slot.device_id)]
+    nets.sort(key=lambda slot: slot.index)
     infos = [(slot.device_id, json.loads(slot.info)) for slot in nets]
     return [qmp.NetDevice(name, i["mac"], f"tap {i['ifname']}" if i["ifname"] else i["backend"]) for name, i in infos]
 

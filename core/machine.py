@@ -566,7 +566,10 @@ class Machine:
         return self._snapshots.report(Kind.DUMP)
 
     def block_devices(self) -> Sequence[qmp.BlockDevice]:
-        return inventory.block_devices(self._platform)
+        return inventory.block_devices(self._platform, self.hotplug)
+
+    def spare_nodes(self) -> Sequence[qmp.BlockDevice]:
+        return inventory.spare_nodes(self.hotplug)
 
     def net_devices(self) -> Sequence[qmp.NetDevice]:
         return inventory.net_devices(self._platform)

@@ -48,7 +48,7 @@ class Inserted(Result, frozen=True, kw_only=True):
     iops: int
     iops_rd: int = msgspec.field(name="iops_rd")
     iops_wr: int = msgspec.field(name="iops_wr")
-    image: ImageInfo
+    image: ImageInfo | None = None
     cache: BlockCache
     write_threshold: int = msgspec.field(name="write_threshold")
 
@@ -68,7 +68,7 @@ def _inserted(disk: BlockDevice) -> Inserted:
     backing = disk.backing or None
     return Inserted(
         file=disk.filename,
-        node_name=disk.device_id,
+        node_name=disk.node or disk.device_id,
         ro=disk.readonly,
         drv=disk.driver,
         backing_file=backing,
@@ -81,7 +81,7 @@ def _inserted(disk: BlockDevice) -> Inserted:
         iops=0,
         iops_rd=0,
         iops_wr=0,
-        image=ImageInfo(disk.filename, disk.driver, disk.size, backing),
+        image=None if disk.size is None else ImageInfo(disk.filename, disk.driver, disk.size, backing),
         cache=BlockCache(writeback=True, direct=disk.direct, no_flush=False),
         write_threshold=0,
     )
@@ -104,8 +104,8 @@ class NamedBlockNodes(Arguments, frozen=True):
 
 @command("query-named-block-nodes", arguments=NamedBlockNodes, returns=list[Inserted])
 def query_named_block_nodes(ctx: Context, _args: NamedBlockNodes) -> list[Inserted]:
-    """The images of the disks, each under its disk's id."""
-    return [_inserted(disk) for disk in ctx.machine.block_devices()]
+    """The images: those of the disks, under their disk's id or blockdev-add's name, and those that no disk uses."""
+    return [_inserted(disk) for disk in (*ctx.machine.block_devices(), *ctx.machine.spare_nodes())]
 
 
 class DeviceStats(Result, frozen=True, kw_only=True):
@@ -152,7 +152,7 @@ def _stats(disk: BlockDevice, report: StatsReport) -> BlockStats:
         account_invalid=False,
         account_failed=True,
     )
-    return BlockStats(disk.device_id, disk.device_id, disk.device_id, stats)
+    return BlockStats(disk.device_id, disk.device_id, disk.node or disk.device_id, stats)
 
 
 @command("query-blockstats", arguments=QueryBlockstats, returns=list[BlockStats])

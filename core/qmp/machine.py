@@ -46,15 +46,17 @@ class Vcpu:
 
 @dataclass(frozen=True, slots=True)
 class BlockDevice:
-    """A disk for query-block; ``size`` in bytes, ``backing`` the read-only base of an overlay or empty."""
+    """A disk for query-block; ``size`` in bytes, ``backing`` the read-only base of an overlay or empty. ``node``: its
+    image's name. An image that no disk uses has no ``device_id``, and nobody has asked for its size."""
 
     device_id: str
     filename: str
     driver: str
-    size: int
+    size: int | None
     readonly: bool = False
     direct: bool = False
     backing: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +218,9 @@ class MachineControl(Protocol):
 
     def block_devices(self) -> Sequence[BlockDevice]:
         """The disks in slot order."""
+
+    def spare_nodes(self) -> Sequence[BlockDevice]:
+        """The images that are open and no disk uses, by name."""
 
     def char_devices(self) -> Sequence[CharDevice]:
         """The consoles, the 16550's first."""

@@ -92,7 +92,9 @@ def _balloon(line: _Line) -> Outcome:
 
 def _device_add(line: _Line) -> Outcome:
     driver, *rest = line.words[0].split(",")
-    pairs = dict(part.partition("=")[::2] for part in rest)
+    pairs: dict[str, str | int] = dict(part.partition("=")[::2] for part in rest)
+    if (lun := str(pairs.get("lun"))).isdecimal():
+        pairs["lun"] = int(lun)
     return line.ask("device_add", {"driver": driver.removeprefix("driver="), **pairs})
 
 

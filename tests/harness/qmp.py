@@ -119,6 +119,9 @@ class FakeMachine:
             BlockDevice("disk1", "/img/b.ovl", "motorcade-overlay", 1 << 20, backing="/img/base.raw"),
         ]
 
+    def spare_nodes(self) -> Sequence[BlockDevice]:
+        return [BlockDevice("", "/img/c.raw", "raw", None, node="spare")]
+
     def char_devices(self) -> Sequence[CharDevice]:
         return [CharDevice("com1", "pty:/dev/pts/3", True)]
 

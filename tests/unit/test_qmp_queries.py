@@ -90,8 +90,14 @@ def test_a_disk_that_goes_while_it_is_asked(host: QmpHost, client: QmpClient, mo
 
 def test_no_disks(client: QmpClient, monkeypatch: pytest.MonkeyPatch) -> None:
     disks(monkeypatch)
-    for command in ("query-block", "query-blockstats", "query-named-block-nodes"):
+    for command in ("query-block", "query-blockstats"):
         assert client.ask(command) == {"return": []}
+
+
+def test_an_image_that_no_disk_uses(client: QmpClient) -> None:
+    nodes = client.ask("query-named-block-nodes")["return"]
+    assert [node["node-name"] for node in nodes] == ["disk0", "disk1", "spare"]
+    assert ["image" in node for node in nodes] == [True, True, False]  # nobody knows its size yet
 
 
 def test_the_generation_id_in_its_usual_form(host: QmpHost, client: QmpClient) -> None:

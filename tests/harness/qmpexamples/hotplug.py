@@ -25,6 +25,10 @@ def _deleted(device: str) -> Example:
     return Example("device_del", {"id": device}, events=[("DEVICE_DELETED", {"device": device, "path": device})])
 
 
+def _names(entries: list[dict[str, Any]], member: str) -> list[str]:
+    return [entry[member] for entry in entries]
+
+
 GROUP = Group(
     "hotplug",
     machine=_machine,
@@ -39,11 +43,18 @@ GROUP = Group(
             desc="in use by device 'drive-0'",
         ),
         _deleted("drive-0"),
+        Example("query-named-block-nodes", answer=lambda nodes: _names(nodes, "node-name")[-1] == "drive-0"),
         Example("device_add", {"id": "d1", "driver": "virtio-blk-device", "drive": "drive-0", "lun": 7, "serial": "S"}),
+        Example("query-block", answer=lambda disks: _names(disks, "device")[-1] == "d1"),
+        Example("query-blockstats", answer=lambda disks: _names(disks, "node-name")[-1] == "drive-0"),
         _deleted("d1"),
         Example("blockdev-del", {"node-name": "drive-0"}),
         Example("blockdev-del", {"node-name": "drive-0"}, error="GenericError", desc="Failed to find node"),
         Example("netdev_add", {"id": "net-0", "ifname": "no-such-tap"}, error="GenericError", desc="no such interface"),
+        Example("netdev_add", {"id": "net-1", "type": "user"}),  # as with ifname, which needs a tap of the host's
+        Example("device_add", {"id": "eth1", "driver": "virtio-net-mmio", "netdev": "net-1", "addr": "0x1"}),
+        _deleted("eth1"),
+        Example("netdev_del", {"id": "net-1"}),
         Example("netdev_del", {"id": "net-0"}, error="DeviceNotFound", desc="'net-0' not found"),
         Example(
             "device_add",
