@@ -28,6 +28,7 @@ from motorcade.orchestrator.cmdline.grammar import (
 Table = Mapping[str, Check]
 
 NO_PCI = "there is no PCI, a microvm has virtio-mmio: "
+SANDBOXED = "the processes are always sandboxed"
 NO_ACPI = "ACPI tables are there; acpi=off in -append has the guest not look"
 NO_WAIT = "nothing waits for a client here; say nowait (or wait=off)"
 OWN_PROCESS = "every device has a process of its own; iothreads change nothing"
@@ -63,7 +64,7 @@ MACHINE: Table = {
     "nvdimm": is_off("there are no NVDIMMs"),
     "mem-merge": noted(flag, "shared memory is not merged", when=True),
     "mem-share": flag,  # it is shared with this VM's own processes, and nobody else
-    "dump-guest-core": noted(flag, "a process's core file may have the guest's memory; ulimit -c 0", when=False),
+    "dump-guest-core": noted(flag, "processes write no core files", when=True),
 }
 _TOPOLOGY = noted(number(1), "the guest is not told about the topology")
 SMP: Table = {
@@ -96,7 +97,7 @@ RTC: Table = {
     "driftfix": only("none", why="there are no lost ticks of an RTC to make up for"),
 }
 SANDBOX: Table = {
-    "enable": noted(flag, "the processes are always sandboxed", when=False),
+    "enable": noted(flag, SANDBOXED, when=False),
     **{
         key: choice({"deny": "deny", "allow": "allow", "on": "on", "off": "off", "children": "children"})
         for key in ("obsolete", "elevateprivileges", "spawn", "resourcecontrol")
@@ -108,7 +109,7 @@ OVERCOMMIT: Table = {
 }
 ACTION: Table = {
     "reboot": choice({"reset": "reset", "shutdown": "exit"}),
-    "shutdown": only("poweroff", why="a guest that powers off ends its VM"),
+    "shutdown": choice({"poweroff": "end", "pause": "pause"}),
     "panic": only("none", "shutdown", "exit-failure", why="there is no pvpanic device"),
     "watchdog": only("none", "reset", why="there is no watchdog device"),
 }

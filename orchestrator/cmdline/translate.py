@@ -224,7 +224,12 @@ class _Translator:
     def do_no_reboot(self, option: Option, _: dict[str, Any]) -> None:
         self.put("on_reboot", "exit", option)
 
+    def do_no_shutdown(self, option: Option, _: dict[str, Any]) -> None:
+        self.put("on_poweroff", "pause", option)
+
     def do_action(self, option: Option, keys: dict[str, Any]) -> None:
+        if "shutdown" in keys:
+            self.put("on_poweroff", keys["shutdown"], option)
         if "reboot" in keys:
             self.put("on_reboot", keys["reboot"], option)
 
@@ -274,7 +279,7 @@ class _Translator:
 
 
 _ORDER = ("cpus", "memory", "memory_file", "memory_share", "memory_prealloc", "accel", "uuid", "kernel", "disks",
-          "nets", "consoles", "uart", "devices", "balloon", "qmp", "on_reboot")  # fmt: skip
+          "nets", "consoles", "uart", "devices", "balloon", "qmp", "on_reboot", "on_poweroff")  # fmt: skip
 
 _HANDLERS: dict[str, Callable[[_Translator, Option, dict[str, Any]], None]] = {
     "machine": _Translator.do_machine,
@@ -288,6 +293,7 @@ _HANDLERS: dict[str, Callable[[_Translator, Option, dict[str, Any]], None]] = {
     "name": _Translator.do_name,
     "uuid": _Translator.do_uuid,
     "no-reboot": _Translator.do_no_reboot,
+    "no-shutdown": _Translator.do_no_shutdown,
     "action": _Translator.do_action,
     "mem-path": _Translator.do_mem_path,
     "mem-prealloc": _Translator.do_mem_prealloc,

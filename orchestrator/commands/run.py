@@ -26,7 +26,8 @@ on, yes and true are the same; server alone is server=on, nowait is wait=off. An
 asks for what is not there, is refused by name, and nothing starts.
 
   the machine   -machine microvm[,accel=kvm][,memory-backend=ID][,isa-serial=off]  -smp N  -m SIZE (256M)  -cpu host
-                -name N  -uuid U  -accel kvm, -enable-kvm  -no-reboot  -mem-path FILE  -mem-prealloc
+                -name N  -uuid U  -accel kvm, -enable-kvm  -no-reboot  -no-shutdown
+                -mem-path FILE  -mem-prealloc
                 -object memory-backend-file,id=ID,mem-path=FILE,size=SIZE,share=on|off
   what it boots -kernel F  -append TEXT  -initrd F
   disks         -drive file=F,id=D[,readonly=on][,direct=on][,aio=io_uring|threads] (or -blockdev)
