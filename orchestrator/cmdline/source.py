@@ -20,15 +20,11 @@ class CommandLine(Source):
     """As a machine.yaml's Source, but what is wrong is an option."""
 
     def __init__(self, data: dict[str, Any], places: dict[Path, str]) -> None:
-        super().__init__(FilePath("vmmctl run"), Document(data, {}))
+        # Nobody reads the file; its folder is where relative paths start, those of QMP's commands, too.
+        super().__init__(FilePath.cwd() / "vmmctl run", Document(data, {}))
         self._places = places
 
     another_name = "-name gives this one another"
-
-    @property
-    def name(self) -> str:
-        """See Source."""
-        return str(self.path)
 
     def called(self, path: Path) -> str:
         """See Source."""

@@ -189,6 +189,19 @@ def test_without_a_console_it_just_runs(host: Host, guest: Path, place: Path) ->
     assert (place / "out").read_bytes().startswith(b"hello")
 
 
+def test_a_disk_that_comes_later(host: Host, guest: Path, place: Path) -> None:
+    """Its path starts where the command was typed."""
+    host.vmmctl(*kvm(guest, "-S", "-daemonize", "-name", "web", "-qmp", "unix:q,server,nowait"))
+    assert host.state("web")["config"] == f"{place}/vmmctl run"
+    with Raw(place / "q") as qmp:
+        qmp("blockdev-add", **{"node-name": "d", "driver": "raw", "file": {"driver": "file", "filename": "rootfs.img"}})
+        qmp("device_add", id="d", driver="virtio-blk-mmio", drive="d", addr="0x1")
+        assert [disk["inserted"]["file"] for disk in qmp("query-block")] == [f"{place}/rootfs.img"]
+        pids = host.live_pids("web")
+        qmp("quit")
+    gone(pids)
+
+
 def test_paused_until_cont(host: Host, guest: Path, place: Path) -> None:
     host.vmmctl(*kvm(guest, "-S", "-daemonize", "-serial", "file:out", "-qmp", "unix:q,server=on,wait=off"))
     with Raw(place / "q") as qmp:
