@@ -86,8 +86,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"vmmctl {__version__}")
     whole.add_argument("--debug", action="store_true", help="on an error, show where in the code it happened")
     commands = whole.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    run.add_parser(commands)
-    daily = (up, snapshot, clone, template, save, restore, dump, down, ps, console, logs)
+    daily = (up, run, snapshot, clone, template, save, restore, dump, down, ps, console, logs)
     for module in (*daily, balloon, top, metrics, device, qmp, sidecar, schema, doctor, box, zygote):
         module.add_parser(commands)
     return whole

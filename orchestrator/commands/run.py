@@ -37,7 +37,8 @@ asks for what is not there, is refused by name, and nothing starts.
   consoles      -serial stdio | pty | file:F | unix:F,server,nowait | socket,path=F,server,nowait | chardev:C | none
                 -chardev socket,id=C,path=F,server,nowait | pty,id=C | file,id=C,path=F | stdio,id=C | null,id=C
                 -device virtio-serial-device  -device virtconsole,chardev=C[,id=ID]
-  others        -device virtio-rng-device[,max-bytes=N,period=MS][,rng=R]  -object rng-random,id=R,filename=/dev/urandom
+  others        -device virtio-balloon-device[,deflate-on-oom=on][,free-page-reporting=on]
+                -device virtio-rng-device[,max-bytes=N,period=MS][,rng=R]  -object rng-random,id=R,filename=/dev/urandom
                 -chardev socket,id=C,path=F  -device vhost-user-fs-device,chardev=C,tag=T (or vhost-user-blk-device)
   control       -qmp unix:F,server,nowait | tcp:HOST:PORT,server,nowait (or -chardev socket and -mon mode=control)
                 -daemonize  -pidfile F  -D LOG  -S

@@ -25,7 +25,7 @@ examples:
   vmmctl sidecar sandbox web root         what it may do, as the kernel has it
   vmmctl sidecar pause web root           it comes to rest; the guest waits
   vmmctl sidecar resume web root          and goes on
-  vmmctl sidecar inject web root --fail 1 its next request fails
+  vmmctl sidecar inject web root --fail 1  its next request fails
   vmmctl sidecar debug web root           a Python prompt inside it; --gdb, --py-spy
   vmmctl sidecar restart web root         another process takes its place
 docs/looking-in.md says what the numbers mean.
