@@ -200,7 +200,7 @@ def test_events_that_come_too_fast_are_counted(host: VmHost, guest: Path, tmp_pa
 def test_clients_that_leave_or_stay_silent_harm_nobody(
     host: VmHost, guest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchserver, "REQUEST_SECONDS", 0.3)  # the supervisor is forked from here
+    monkeypatch.setattr(watchserver, "REQUEST_SECONDS", 1.5)  # the supervisor is forked from here
     vm = host.start(diskguest.machine(tmp_path, guest, "ww"))
     path = vm.run_dir / "watch.sock"
 
