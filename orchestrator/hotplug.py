@@ -136,7 +136,9 @@ class Hotplug:
         """Closes what a device has of its own, with its locks; ends its helper."""
         supervisor = self._supervisor
         if isinstance(device.boot, BlkBoot):
-            for fd in device.fds.values():
+            for label, fd in device.fds.items():
+                if label == "debug":
+                    continue
                 # Its sidecar's io_uring may keep the file open for a while after its end, and so the lock.
                 fcntl.flock(fd, fcntl.LOCK_UN)
         supervisor.resources.let_go(device.fds.values())
@@ -173,8 +175,8 @@ class Hotplug:
         except (UserError, OSError):
             if device in resources.devices:
                 self._unwire(device)
-            if not request.backend:
-                resources.let_go(device.fds.values())
+            theirs = set(self._backends[request.backend].device.fds.values()) if request.backend else set()
+            resources.let_go([fd for fd in device.fds.values() if fd not in theirs])
             raise
         self._coming.add(device.id)
         self._record(device, part)
@@ -213,7 +215,8 @@ class Hotplug:
             part = msgspec.structs.replace(backend.part, id=request.id, mac=mac)
             boot = replace(opened.boot, device_id=request.id, mac=bytes(mac))
             info = {**opened.info, "mac": str(mac)}
-        device = replace(opened, id=request.id, boot=boot, info=info, kicks=[], call=-1, isr=-1, watch=-1)
+        fds = dict(opened.fds)  # it may get some that are not its backend's
+        device = replace(opened, id=request.id, boot=boot, info=info, fds=fds, kicks=[], call=-1, isr=-1, watch=-1)
         return part, device
 
     def _removed(self, old: Device, slot: int) -> Removed:
@@ -255,6 +258,8 @@ class Hotplug:
         if backend is None:
             self._let_go(device)
         else:
+            theirs = set(backend.device.fds.values())
+            supervisor.resources.let_go([fd for fd in device.fds.values() if fd not in theirs])
             backend.user = ""
             if not backend.keep:
                 self._close(backend.part.id)

@@ -217,12 +217,15 @@ class Resources:
         chosen |= {FIRST_SLOT["net"] + n.slot for n in machine.nets if n.slot is not None}
         return chosen | {FIRST_SLOT[r.kind] + r.slot for r in machine.removed}
 
-    def _add(self, device: Device, chosen: int | None = None) -> None:
-        """Gives a device what its sidecar is watched through, and one on virtio its slot, doorbells and interrupt."""
+    def _add(self, device: Device, chosen: int | None = None, replaces: Device | None = None) -> None:
+        """Gives a device what its sidecar is watched through, and one on virtio its slot, doorbells and interrupt;
+        those of ``replaces`` where it takes over from that one."""
         device.watch = self._own(watch.make(device.id))
         if device.debug:
             device.fds["debug"] = self._listen(self.run.path / f"debug-{device.id}.sock")
-        if device.slot is not None:
+        if replaces is not None:
+            device.kicks, device.call, device.isr = replaces.kicks, replaces.call, replaces.isr
+        elif device.slot is not None:
             first = FIRST_SLOT.get(device.kind, KIT_SLOT)
             taken = {d.slot for d in self.devices} | self._chosen_slots()
             device.slot = chosen if chosen is not None else next(n for n in itertools.count(first) if n not in taken)
@@ -285,18 +288,18 @@ class Resources:
     def wire(self, device: Device, replaces: Device | None) -> None:
         """Doorbells and an interrupt for a device that comes later, whose slot is known: its own, or those of the one
         that it takes over from."""
-        if replaces is None:
-            self._add(device, device.slot)
-            return
-        device.watch = self._own(watch.make(device.id))
-        device.kicks, device.call, device.isr = replaces.kicks, replaces.call, replaces.isr
-        self.devices.append(device)
+        self._add(device, device.slot, replaces)
 
     def let_go(self, fds: Iterable[int]) -> None:
         """Closes descriptors before the end."""
         for fd in fds:
-            self._opened.remove(fd)
-            os.close(fd)
+            if fd in self._opened:
+                self._opened.remove(fd)
+                os.close(fd)
+                continue
+            backend = next(b for b in self._backends if b.fd == fd)
+            self._backends.remove(backend)
+            backend.close()
 
     def nothing(self, removed: Removed, device_id: str) -> Device:
         """What stands in for a device that was taken away: a disk of size 0, or a NIC without a link."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -214,13 +214,8 @@ def test_a_reset_of_the_machine_empties_what_is_held(tmp_path: Path, guest: Path
 
 
 def files_of(pid: int) -> list[str]:
-    """What its descriptors are, without what tells instances apart; and without the state.json that it writes after an
-    answer."""
-    links = []
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):
-            links.append(str(fd.readlink()).split("[")[0].split(":")[0])
-    return sorted(link for link in links if not link.endswith("/state.json.new"))
+    """What its descriptors are, without what tells instances apart."""
+    return sorted(str(fd.readlink()).split("[")[0].split(":")[0] for fd in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def test_nothing_is_left_of_what_came_and_went(tmp_path: Path, guest: Path) -> None:
@@ -245,6 +240,8 @@ def test_nothing_is_left_of_what_came_and_went(tmp_path: Path, guest: Path) -> N
             qmp.execute("device_del", {"id": "lan"})
 
         def left() -> tuple[list[str], list[str], list[str]]:
+            with pytest.raises(QmpError, match="No such file"):
+                blockdev(qmp, "none", tmp_path / "none")  # when it answers, the supervisor has nothing else to do
             children = Path(f"/proc/{vm.pid}/task/{vm.pid}/children").read_text().split()
             return files_of(vm.pid), files_of(core), sorted(children)
 
@@ -294,8 +291,10 @@ def test_what_cannot_be_plugged_is_refused_and_leaves_nothing(tmp_path: Path, gu
         refused(qmp, "device_del", {"id": "ttyS0"}, "does not support hot-unplug")
         # A sidecar that cannot start: nothing is left of the device, and the backend may be closed.
         blockdev(qmp, "empty", tmp_path / "empty.img")
+        refused(qmp, "blockdev-add", {"node-name": "none", "driver": "raw", "file": file}, "in use")
         settled = files_of(vm.pid)
         refused(qmp, "device_add", {"id": "e", "drive": "empty", **driver}, "its sidecar ended: .*0 bytes, less than")
+        refused(qmp, "blockdev-add", {"node-name": "none", "driver": "raw", "file": file}, "in use")
         assert files_of(vm.pid) == settled
         assert ids(qmp) == ["root", "ttyS0"]
         peek(talk, 1, Reg.DEVICE_ID, EMPTY)
@@ -380,6 +379,18 @@ def start_clone(host: VmHost, template: Path) -> Vm:
     plan = plans.read(template)
     described = msgspec.json.decode(msgspec.json.encode(plan.machine, enc_hook=encode))
     return host.start({**described, "name": "clone"}, template=template)
+
+
+def test_a_debugged_disk_takes_its_socket_along(tmp_path: Path, guest: Path) -> None:
+    """One of machine.yaml, and one that came later."""
+    debugged = {"path": str(image(tmp_path, "a.img")), "debug": True}
+    with machine(tmp_path, guest, disks=[{"id": "root", **debugged}]) as (vm, _talk, qmp, _):
+        for n in range(2):
+            assert (vm.run_dir / "debug-root.sock").exists()
+            qmp.execute("device_del", {"id": "root"})
+            assert not (vm.run_dir / "debug-root.sock").exists()
+            if not n:
+                qmp.execute("x-motorcade-device-add", {"disk": {"id": "root", **debugged}})
 
 
 def test_vmmctl_device(host: Host, guest: Path, tmp_path: Path) -> None:
