@@ -189,7 +189,7 @@ def _explain(error: str, data: object, root: type = Machine) -> tuple[yamlpos.Pa
         return path, f"{shown(value)}: letters, digits, - _ and . only, at most 31, the first a letter or digit"
     if "matching regex" in message:
         return path, f"{shown(value)}: plain ASCII text only"
-    if match := re.fullmatch(r"Expected `(\w+)` (>=|<=) (\d+)", message):
+    if match := re.fullmatch(r"Expected `(\w+)` (>=|<=) ([\d.]+)", message):
         bound = "small (the least" if match[2] == ">=" else "large (the most"
         return path, f"{shown(value)} is too {bound} is {match[3]})"
     if match := re.fullmatch(r"Expected `(\w+)` of length (>=|<=) (\d+)", message):
@@ -277,6 +277,9 @@ def _check(machine: Machine, source: Source) -> None:
     for i, address in enumerate(machine.qmp):
         if problem := qmp_address_problem(address):
             source.problem(("qmp", i), problem)
+    if machine.limits is not None and (most := machine.limits.memory) is not None and most < machine.memory:
+        ram = f"{machine.memory >> 20}M"
+        source.problem(("limits", "memory"), f"{most >> 20}M is less than the RAM ({ram}), which counts as theirs")
     if machine.metrics is not None and (problem := metrics_address_problem(machine.metrics)):
         source.problem(("metrics",), problem)
 

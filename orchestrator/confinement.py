@@ -41,6 +41,7 @@ def read(pid: int, outside: int) -> dict[str, Any]:
             "root": sorted(entry.name for entry in (process / "root").iterdir()),
             "limits": _limits((process / "limits").read_text()),
             "cgroup": [line.split(":", 2)[1:] for line in (process / "cgroup").read_text().splitlines()],
+            "cgroup-limits": _cgroup_limits((process / "cgroup").read_text()),
             "threads": int(status["Threads"]),
             "descriptors": _descriptors(process),
         }  # fmt: skip
@@ -58,6 +59,16 @@ def _limits(text: str) -> dict[str, str]:
     """The hard ones; columns are fixed (fs/proc/base.c)."""
     rows = {line[:26].strip(): line[47:68].strip() for line in text.splitlines()[1:]}
     return {key: rows[name] for name, key in LIMITS.items() if name in rows}
+
+
+def _cgroup_limits(text: str) -> dict[str, str]:
+    """Of the process's own cgroup (version 2)."""
+    path = next((line[3:] for line in text.splitlines() if line.startswith("0::")), None)
+    found = {}
+    for name in ("cpu.max", "memory.max", "pids.max"):
+        with contextlib.suppress(OSError):
+            found[name] = Path(f"/sys/fs/cgroup{path}/{name}").read_text().strip()
+    return found
 
 
 def _descriptors(process: Path) -> dict[int, str]:

@@ -34,6 +34,7 @@ def examine() -> list[Finding]:
         ("passt", lambda: _program("passt", "passt", "nets with `user: true` do not work")),
         ("namespaces", _namespaces),
         ("landlock", _landlock),
+        ("seccomp", _seccomp),
         ("huge pages", _huge_pages),
         ("cgroup v2", _cgroup),
         ("memfd", _memory),
@@ -77,7 +78,7 @@ def _kvm() -> Finding:
 _SYS_IO_URING_SETUP = 425
 _SYS_LANDLOCK_CREATE_RULESET = 444
 _LANDLOCK_CREATE_RULESET_VERSION = 1
-_CLONE_FLAGS = {"user": 0x10000000, "mnt": 0x00020000, "net": 0x40000000, "pid": 0x20000000}
+_CLONE_FLAGS = {"user": 0x10000000, "mnt": 0x00020000, "net": 0x40000000, "ipc": 0x08000000, "uts": 0x04000000}
 
 
 def _syscall(number: int, *args: Any) -> int:
@@ -125,10 +126,9 @@ def _namespaces() -> Finding:
     """Tried, in a child: sysctls, LSMs and seccomp filters all have a say."""
     missing = [kind for kind in _CLONE_FLAGS if not _can_unshare(kind)]
     if not missing:
-        return Finding("namespaces", "ok", "user, mount, network, pid")
-    return Finding(
-        "namespaces", "note", f"no new {', '.join(missing)} namespace", "sidecars cannot be shut in as tightly"
-    )
+        return Finding("namespaces", "ok", "user, mount, network, ipc, uts")
+    cost = "a VM's processes share these with the host (docs/sandbox.md)"
+    return Finding("namespaces", "note", f"no new {', '.join(missing)} namespace", cost)
 
 
 def _can_unshare(kind: str) -> bool:
@@ -169,18 +169,19 @@ def _number(path: Path) -> int:
         return 0
 
 
+def _seccomp() -> Finding:
+    actions = Path("/proc/sys/kernel/seccomp/actions_avail")
+    if actions.exists() and "trap" in actions.read_text().split():
+        return Finding("seccomp", "ok", "filters, and violations can be named")
+    return Finding("seccomp", "lack", "this kernel has no filters", "no VM starts: its processes insist on theirs")
+
+
 def _cgroup() -> Finding:
-    controllers = Path("/sys/fs/cgroup/cgroup.controllers")
-    cost = "a VM's CPU and memory cannot be bounded"
-    if not controllers.exists():
-        unified = Path("/sys/fs/cgroup/unified/cgroup.controllers")
-        where = "v1 only" + (", with an empty v2 tree" if unified.exists() else "")
-        return Finding("cgroup v2", "note", where, cost)
-    names = controllers.read_text().split()
-    missing = {"cpu", "memory"} - set(names)
-    if missing:
-        return Finding("cgroup v2", "note", f"without {', '.join(sorted(missing))}", cost)
-    return Finding("cgroup v2", "ok", " ".join(names))
+    from motorcade.orchestrator import cgroups
+
+    if why := cgroups.missing():
+        return Finding("cgroup v2", "note", why, "`limits` in machine.yaml are an error")
+    return Finding("cgroup v2", "ok", f"limits can be set in {cgroups.parent()}")
 
 
 def _memory() -> Finding:

@@ -199,6 +199,26 @@ class Balloon(_Part):
         return Kit(self.id, "balloon", {key: value for key, value in options.items() if value})
 
 
+class Bounds(_Part):
+    """What processes may use, by cgroups."""
+
+    cpu: Annotated[
+        Annotated[float, Meta(ge=0.01, le=4096)] | None, Meta(description="Processors' worth of time: 0.5, 2.")
+    ] = None
+    memory: Annotated[Size | None, Meta(description="Bytes, page cache and guest RAM included; beyond it: killed.")] = (
+        None
+    )
+    pids: Annotated[
+        Annotated[int, Meta(ge=1, le=1 << 22)] | None, Meta(description="Processes and threads at most.")
+    ] = None
+
+
+class Limits(Bounds):
+    """Of all the VM's processes but its supervisor, together."""
+
+    sidecar: Annotated[Bounds | None, Meta(description="Of each sidecar, pager and helper.")] = None
+
+
 class Machine(_Part, kw_only=True):
     """A virtual machine."""
 
@@ -235,6 +255,9 @@ class Machine(_Part, kw_only=True):
     qmp: Annotated[
         list[str], Meta(description="More QMP sockets: unix:PATH or tcp:HOST:PORT (the VM's own is always there).")
     ] = []
+    limits: Annotated[Limits | None, Meta(description="By cgroups (version 2); an error where they cannot be set.")] = (
+        None
+    )
     metrics: Annotated[
         str | None,
         Meta(description="Serve Prometheus metrics at this loopback address too, such as 127.0.0.1:9200."),

@@ -23,6 +23,7 @@ from motorcade.proto import boot, schema
 from motorcade.proto.versions import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
+    from motorcade.orchestrator.cgroups import Cgroup
     from motorcade.orchestrator.machine import Machine
     from motorcade.orchestrator.resources import Device
     from motorcade.orchestrator.rundir import RunDir
@@ -47,11 +48,24 @@ class Processes:
         """Forks nothing yet."""
         self.machine, self.run_dir, self.resources, self.watcher = machine, run, resources, watcher
         self.core: Child | None = None
+        self.cgroup: Cgroup | None = None
         self.pager: PagerKeeper | None = None
         self.sidecars: dict[str, Child] = {}
         self.helpers: list[Helper] = []  # programs that backends need: passt
         self._mains: dict[str, Main] = {}
         self.revival = Revival(self, machine.restarts, watcher.changed)
+
+    def limit(self) -> None:
+        """From here on they start in cgroups, where machine.yaml asks for limits. Errors: UserError."""
+        if self.machine.limits is not None:
+            from motorcade.orchestrator.cgroups import Cgroup
+
+            self.cgroup = Cgroup(self.machine.name, self.machine.limits)
+
+    def bound(self, role: str, pid: int) -> None:
+        """A process has been started. Errors: UserError."""
+        if self.cgroup is not None:
+            self.cgroup.add(role, pid, sidecar=role != "core")
 
     def load(self) -> None:
         """Warm start: what is imported here, no child has to. Frozen, so that the garbage collector's writes do not
@@ -102,6 +116,7 @@ class Processes:
         finally:
             os.close(log_fd)
         self.watcher.watch(child)
+        self.bound(role, child.pid)
         log.debug("%s is pid %d", role, child.pid)
         return child
 
@@ -293,3 +308,5 @@ class Processes:
             self.pager.close()
         for helper in self.helpers:
             helper.end()
+        if self.cgroup is not None:
+            self.cgroup.close()

@@ -101,6 +101,7 @@ class Supervisor:
 
     def open_resources(self) -> None:
         """Everything the processes need, before there is any."""
+        self.processes.limit()
         self.resources.open(self.progress)
         self.watching.open()
         self.progress("loading code")
@@ -114,6 +115,7 @@ class Supervisor:
             before.close()
             self.processes.helpers.remove(before)
         self.processes.helpers.append(helper)
+        self.processes.bound(role, pid)
         self.selector.register(helper.pidfd, selectors.EVENT_READ, lambda: self.on_helper_exit(helper))
         if self.status != "starting":
             self.write_state()

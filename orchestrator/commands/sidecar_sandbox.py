@@ -68,9 +68,10 @@ def _show(found: dict[str, Any]) -> None:
         "root": "empty" if not found["root"] else f"{len(found['root'])} entries: {' '.join(found['root'][:8])}",
         "limits": ", ".join(f"{key} {value}" for key, value in found["limits"].items()),
         "cgroup": ", ".join(":".join(part) for part in found["cgroup"]) or "none",
+        "cgroup limits": ", ".join(f"{key} {value}" for key, value in found["cgroup-limits"].items()) or "none",
     }
     for name, value in rows.items():
-        print(f"{name:14}{value}")
+        print(f"{name:15}{value}")
     print("descriptors")
     for fd, target in found["descriptors"].items():
         print(f"  {fd:>4}  {target}")

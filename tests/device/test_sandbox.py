@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import re
 import tempfile
@@ -116,3 +118,48 @@ def test_every_line_of_the_lists_has_a_reason_and_no_list_names_a_way_out() -> N
         names = {call.name for call in calls if not call.fails}
         assert names & ways_out == ({"socket", "connect"} if role == "net-link" else set()), role
         assert all(call.why for call in calls)
+
+
+def _second_line(uid: int) -> str:
+    """In a child that has entered, with no filter: what it gets."""
+    from motorcade.sidecars import sandbox
+    from motorcade.sidecars._queue import ffi, lib
+
+    sandbox.load("kit")
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    had = sandbox.enter(ffi, lib, "kit")
+    said = [f"had {had:#x}", f"ids {os.getuid()} {os.getgid()}"]
+    for what in ("a file", "/dev/kvm", "another process's memory", "to trace its parent"):
+        ctypes.set_errno(0)
+        try:
+            result = ATTEMPTS[what][1]()
+            said.append(f"{what}: {errno.errorcode.get(ctypes.get_errno()) if result == -1 else 'done'}")
+        except OSError as e:
+            said.append(f"{what}: {errno.errorcode[e.errno or 0]}")
+    return "\n".join(said)
+
+
+@pytest.mark.parametrize("uid", [0, 65534])
+def test_without_a_filter_there_is_still_nothing_to_open_and_nobody_to_reach(uid: int) -> None:
+    """For root, and for a user without any right."""
+    if os.geteuid() != 0:
+        pytest.skip("becoming nobody takes root")
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            os.write(write, _second_line(uid).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    said = dict(line.rsplit(" ", 1) for line in os.read(read, 4096).decode().replace("had ", "had: ").splitlines())
+    os.close(read)
+    from motorcade.sidecars._queue import lib
+
+    every = lib.MC_SANDBOX_USER | lib.MC_SANDBOX_MOUNT | lib.MC_SANDBOX_IPC | lib.MC_SANDBOX_UTS | lib.MC_SANDBOX_NET
+    assert int(said["had:"], 16) & every == every
+    assert said[f"ids {uid}"] == str(uid)
+    assert (said["a file:"], said["/dev/kvm:"]) == ("ENOENT", "ENOENT")
+    assert said["another process's memory:"] == said["to trace its parent:"] == "EPERM"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _libc = ctypes.CDLL(None, use_errno=True)
 _PARENT = os.getpid()
 _buffer = ctypes.create_string_buffer(64)
+_iov = (ctypes.c_uint64 * 2)(ctypes.addressof(_buffer), 8)  # struct iovec; a fork has it where its parent has it
 _UNSHARE_USER = 0x10000000
 _SYS = {"process_vm_readv": 310, "userfaultfd": 323, "io_uring_setup": 425, "pidfd_getfd": 438}  # x86-64
 
@@ -51,7 +52,7 @@ ATTEMPTS: dict[str, tuple[str, Callable[[], object]]] = {
     "a directory": ("openat", lambda: list(Path("/").iterdir())),
     "an internet socket": ("socket", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM)),
     "a netlink socket": ("socket", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)),
-    "another process's memory": ("process_vm_readv", lambda: _call("process_vm_readv", _PARENT, None, 0, None, 0, 0)),
+    "another process's memory": ("process_vm_readv", lambda: _call("process_vm_readv", _PARENT, _iov, 1, _iov, 1, 0)),
     "to trace its parent": ("ptrace", lambda: _libc.ptrace(16, _PARENT, None, None)),
     "exec": ("execve", lambda: os.execv("/bin/true", ["true"])),
     "fork": ("clone", os.fork),

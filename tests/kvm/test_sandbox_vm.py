@@ -112,7 +112,7 @@ def test_what_the_kernel_says(
         assert all(line["why"] for line in told["calls"])
     assert cli.main(["sidecar", "sandbox", "web", "root"]) == 0
     shown = capsys.readouterr().out
-    assert "seccomp       filter (1)" in shown
-    assert "root          empty" in shown
+    assert "seccomp        filter (1)" in shown
+    assert "root           empty" in shown
     assert "io_uring_enter, io_uring_register" in shown
     assert cli.main(["sidecar", "sandbox", "web", "disk9"]) == EXIT_NOT_FOUND
