@@ -134,16 +134,6 @@ def reach(client: ControlClient, boot: Boot, fds: dict[str, int]) -> None:
         os.close(run)
 
 
-def connect(boot: Boot) -> ControlClient:
-    """A control connection to the core, for a process that is none of the devices; it is in the run directory."""
-    from motorcade.proto.framing import ControlClient
-
-    client = ControlClient()
-    client.connect(Path(boot.control_socket).name, device_id(boot))
-    client.wait_connected(HELLO_TIMEOUT)
-    return client
-
-
 def run_and_exit(device_class: type[Device], boot_socket: socket.socket) -> None:
     """For a forked child: ``run`` and leave without the parent's clean-up (exit handlers, buffers)."""
     status = 1

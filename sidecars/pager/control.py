@@ -11,12 +11,10 @@ import os
 import select
 import selectors
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from motorcade.proto import messages as m
 from motorcade.proto.versions import PROTOCOL_VERSION
-from motorcade.sidecars import runtime
 from motorcade.sidecars.sidecar import HELLO_TIMEOUT
 
 if TYPE_CHECKING:
@@ -27,12 +25,12 @@ log = logging.getLogger("motorcade.pager")
 
 
 class Control:
-    """``start`` connects; ``greet`` says hello, and with that lets the guest run. ``ended_fd`` is readable when the
-    connection is over: ``error`` says what went wrong, if anything."""
+    """``start`` runs the thread; ``greet`` says hello, and with that lets the guest run. ``ended_fd`` is readable when
+    the connection is over: ``error`` says what went wrong, if anything."""
 
-    def __init__(self, boot: m.Boot, pager: Pager, connected: Callable[[], None]) -> None:
-        """``connected`` is called on its thread. The working directory is the run directory until then."""
-        self.boot, self.pager, self.connected = boot, pager, connected
+    def __init__(self, boot: m.Boot, pager: Pager, client: ControlClient) -> None:
+        """``client`` is connected; it is the thread's, from ``start`` on."""
+        self.boot, self.pager, self.client = boot, pager, client
         self.error: BaseException | None = None
         self.ended_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -42,7 +40,7 @@ class Control:
         self._populating: list[int] = []  # ids of the requests that wait for it
 
     def start(self) -> None:
-        """Connects, in the background."""
+        """From here on the connection is served."""
         self._thread.start()
 
     def greet(self) -> None:
@@ -63,8 +61,7 @@ class Control:
         os.eventfd_write(self.ended_fd, 1)
 
     def _talk(self) -> None:
-        client = runtime.connect(self.boot)
-        self.connected()
+        client = self.client
         hello = m.Hello(
             protocol_version=PROTOCOL_VERSION,
             device_id=self.boot.role.device_id if isinstance(self.boot.role, m.PagerBoot) else "",

@@ -18,6 +18,7 @@ import threading
 from motorcade.proto import boot as bootlink
 from motorcade.proto import messages as m
 from motorcade.proto import template
+from motorcade.proto.framing import ControlClient
 from motorcade.proto.versions import negotiate
 from motorcade.sidecars import runtime, sandbox
 from motorcade.sidecars._pager import ffi, lib
@@ -37,16 +38,16 @@ def main(boot_socket: socket.socket) -> int:
         negotiate(boot.protocol_version)
         pager, eager = open_pager(boot, fds)
         sandbox.enter(ffi, lib, "pager")
+        control = None
+        # Without a socket: a replacement, which the core does not wait for and could not tell from an impostor.
+        if boot.control_socket:
+            client = ControlClient()
+            runtime.reach(client, boot, fds)
+            control = Control(boot, pager, client)
+        sandbox.close(ffi, lib, "pager", "pager", boot_socket.fileno())
         if eager:
             pager.copy_all()
         bootlink.send_life(boot_socket, m.Ready())
-        # Without a socket: a replacement, which the core does not wait for and could not tell from an impostor.
-        control = None
-        if boot.control_socket:
-            os.fchdir(fds["run"])  # by now there is no other way to the socket
-            control = Control(boot, pager, lambda: close_sandbox(boot_socket))
-        else:
-            close_sandbox(boot_socket)
         return Process(boot_socket, pager, control, eager=eager).loop()
     except Exception as e:
         log.exception("the pager ends")
@@ -54,12 +55,6 @@ def main(boot_socket: socket.socket) -> int:
             bootlink.send_life(boot_socket, m.Damaged(str(e)))
         bootlink.send_life(boot_socket, m.Failed(f"{type(e).__name__}: {e}"[:2000]))
         return 1
-
-
-def close_sandbox(boot_socket: socket.socket) -> None:
-    """All that it needs is open."""
-    os.chdir("/")
-    sandbox.close(ffi, lib, "pager", "pager", boot_socket.fileno())
 
 
 def open_pager(boot: m.Boot, fds: dict[str, int]) -> tuple[Pager, bool]:

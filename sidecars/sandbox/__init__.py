@@ -7,6 +7,7 @@ Death with the parent (``PR_SET_PDEATHSIG``) is the supervisor's to set, right a
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib
 import importlib.abc
 import json
@@ -58,7 +59,6 @@ def close(ffi: Any, lib: Any, role: str, name: str, link_fd: int = -1, more: Seq
     """From here on this process, with all its threads, makes no system call that is not on its role's list, or among
     ``more``; one that does is ended, which its log and, through ``link_fd``, the supervisor are told. ``name`` stands
     in the log's lines as its role. Raises OSError that names the step."""
-    from motorcade.proto import messages, schema
     from motorcade.sidecars.sandbox import calls, filters
 
     if lib.mc_sandbox_sanitized():
@@ -67,12 +67,11 @@ def close(ffi: Any, lib: Any, role: str, name: str, link_fd: int = -1, more: Seq
     stay_inside()
     own = calls.OWN_PID.to_bytes(4, sys.byteorder)
     program = filters.program(role, tuple(more)).replace(own, os.getpid().to_bytes(4, sys.byteorder))
-    life = schema.encode_life(messages.Failed("seccomp: " + "~" * _ROOM))
-    at = life.index(b"~" * _ROOM)
+    life, at = _last_words()
     words = ffi.new("struct mc_sandbox_words *")
     names = filters.names()
     spoken = ffi.new("char[]", json.dumps(name).encode())
-    message = ffi.new("char[]", life.replace(b"~", b" "))
+    message = ffi.new("char[]", life)
     words.names = ffi.from_buffer(names)
     words.count, words.width = len(names) // filters.NAME_WIDTH, filters.NAME_WIDTH
     words.role, words.life = spoken, message
@@ -93,11 +92,21 @@ def load(role: str, more: Sequence[Call] = (), modules: Sequence[str] = ()) -> N
         importlib.import_module(name)
     filters.names()
     filters.program(role, tuple(more))
+    _last_words()
+    time.strftime("%Y", time.localtime())  # reads the time zone's file
+
+
+@functools.cache
+def _last_words() -> tuple[bytes, int]:
+    """A Life message with room for a call's name, and where that is."""
+    from motorcade.proto import messages, schema
+
+    life = schema.encode_life(messages.Failed("seccomp: " + "~" * _ROOM))
+    return life.replace(b"~", b" "), life.index(b"~" * _ROOM)
 
 
 def stay_inside() -> None:
-    """Keeps Python from opening files by itself: source lines for tracebacks, modules, the time zone."""
-    time.strftime("%Y", time.localtime())
+    """Keeps Python from opening files by itself: source lines for tracebacks, modules."""
     linecache.updatecache = lambda filename, module_globals=None: []
     linecache.checkcache = lambda filename=None: None
     sys.meta_path.insert(0, _TooLate())

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from harness.pager import Frozen, PagerProcess
 from harness.prisoners import ATTEMPTS
 from harness.sidecar import Sidecar, SidecarGone
+from harness.toucher import Toucher
 from motorcade.orchestrator.charbackend import open_socket
 from motorcade.proto import messages as m
 from motorcade.sidecars.sandbox import roles
@@ -118,6 +120,22 @@ def test_every_line_of_the_lists_has_a_reason_and_no_list_names_a_way_out() -> N
         names = {call.name for call in calls if not call.fails}
         assert names & ways_out == ({"socket", "connect"} if role == "net-link" else set()), role
         assert all(call.why for call in calls)
+
+
+@pytest.mark.parametrize("thread", ["main", "control"])
+def test_nor_does_the_pager(monkeypatch: pytest.MonkeyPatch, thread: str) -> None:
+    monkeypatch.setenv("MOTORCADE_TEST_ATTEMPT", thread)
+    with Frozen([1, 0, 1]) as frozen:
+        memory = frozen.new_memory()
+        with Toucher(memory, frozen.size) as core, PagerProcess(frozen, memory, module="harness.prisonpager") as pager:
+            if thread == "control":
+                pager.wait_hello()
+                with contextlib.suppress(AssertionError):  # it is gone
+                    pager.request(m.StatsRequest())
+            else:
+                pager.serve("core", core)
+            assert pager.process.wait(30) == STATUS
+            assert "seccomp: openat(0x" in pager.log_path.read_text()
 
 
 def _second_line(uid: int) -> str:

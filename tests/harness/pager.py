@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from harness.toucher import Toucher
+from harness.zygote import python_path
 from motorcade.core._native import lib
 from motorcade.proto import boot as bootlink
 from motorcade.proto import messages as m
@@ -99,6 +100,7 @@ class PagerProcess:
         eager: bool = False,
         ready: bool = True,
         control: bool = True,
+        module: str = "motorcade.sidecars.pager",
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="mc-"))
         self.log_path = self.directory / "log"
@@ -113,8 +115,9 @@ class PagerProcess:
         self.boot_socket, theirs = bootlink.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "motorcade.sidecars.pager", "--boot-fd", str(theirs.fileno())],
+                [sys.executable, "-m", module, "--boot-fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": python_path()},
             )
         self._pidfd = os.pidfd_open(self.process.pid)
         self.server.expect("pager", self.process.pid)
@@ -176,7 +179,7 @@ class PagerProcess:
             if isinstance(life, m.Ready):
                 self.ready = True
             elif isinstance(life, m.Failed):
-                self.failed = life.reason
+                self.failed = life.reason.rstrip()
             elif isinstance(life, m.Damaged):
                 self.damaged.append(life.reason)
             elif isinstance(life, m.WorkingSet):
