@@ -70,4 +70,4 @@ def test_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert findings[name].level != "ok"
         assert findings[name].cost
     assert findings["io_uring"].found == "Function not implemented"
-    assert "user, mnt, net, pid" in findings["namespaces"].found
+    assert "user, mnt, net, ipc, uts" in findings["namespaces"].found
