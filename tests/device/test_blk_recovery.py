@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.disk import FLUSH, OK, Disk, Driver, header
+from harness.disk import CONFIG_WCE, FLUSH, OK, Disk, Driver, header
 from harness.driver import Queue, Request
 from motorcade.proto import messages as m
 
@@ -135,3 +136,61 @@ def test_killed_under_load(image: Path, tmp_path: Path, engine: str, event_idx: 
     finally:
         for each in reversed(made):
             each.close()
+
+
+def test_a_ring_that_the_guest_changed_in_the_gap(image: Path) -> None:
+    """A used index that no device wrote breaks that queue, and nothing else."""
+    with Disk(image) as disk:
+        load = Load(disk.start(64)[0], 8, 1)
+        load.turn(4)
+        load.fill()
+        disk.kill()
+        load.queue._used16[1] = (load.queue.used_idx + 77) & 0xFFFF
+        with succeed(disk, image) as new:
+            assert "used index" in new.wait_needs_reset().reason
+            new.reset()
+            load.queue.restart()
+            new.activate([load.queue])
+            assert load.driver.write(0, bytes(BLOCK)) == OK
+            assert new.shutdown() == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_region_that_is_anything_at_all(image: Path, seed: int) -> None:
+    """Of a process that had been taken over: its successor bounds all of it, and at worst the queue is broken."""
+    rng = random.Random(seed)
+    with Disk(image) as disk:
+        load = Load(disk.start(64)[0], 8, 1)
+        load.turn(4)
+        load.fill()
+        disk.kill()
+        for _ in range(40):
+            os.pwrite(disk.inflight, rng.randbytes(rng.choice([1, 2, 16])), 4096 + rng.randrange(64 * 16 + 16))
+        with succeed(disk, image) as new:
+            new.ask(m.Ping())
+            new.reset()
+            load.queue.restart()
+            new.activate([load.queue])
+            assert load.driver.write(0, bytes(BLOCK)) == OK
+            assert new.shutdown() == 0
+
+
+def test_what_was_kept_is_of_another_version(image: Path) -> None:
+    with Disk(image) as disk:
+        disk.start(64)
+        disk.kill()
+        os.pwrite(disk.inflight, (99).to_bytes(4, "little"), 0)
+        with Disk(image, predecessor=disk, takes_over=True, incoming=True, wait=False) as new:
+            assert new.wait_exit() == 1
+            assert new.stopped is not None
+            assert "is of version 99" in new.stopped
+
+
+def test_the_cache_mode_outlives_the_process(image: Path) -> None:
+    """A driver that was told that its writes are permanent is not told less by the next one."""
+    with Disk(image) as disk:
+        disk.start(64)
+        disk.ask(m.ConfigWrite(CONFIG_WCE, b"\0"))
+        disk.kill()
+        with succeed(disk, image) as new:
+            assert new.config[CONFIG_WCE] == 0

@@ -195,3 +195,39 @@ def test_stub_names_what_the_extension_has() -> None:
     generic = {name for name in dir(_queue.lib) if name.startswith(("mc_vq", "MC_VQ", "mc_mem", "MC_MAX", "MC_MEM"))}
     assert {name for name in dir(_queue.lib) if name.startswith(("mc_", "MC_"))} - generic <= declared
     assert declared <= set(dir(_queue.lib))
+
+
+def test_a_ping_is_answered_by_the_data_loop_itself() -> None:
+    """A device whose loop hangs answers no ping, though its main thread answers everything else."""
+    with Sidecar("harness.kitdevices:StuckDevice", ROLE, {}, queues=2) as sidecar:
+        sends, _ = sidecar.start()
+        sidecar.ask(m.Ping())
+        sends.submit(out=[b"hang"])
+        sends.kick()
+        sidecar.poll_until(lambda: sidecar.stats().queues[0].kicks == 1, "the kick")
+        outcomes: list[object] = []
+        sidecar.server.request("post0", m.Ping(), 20_000, outcomes.append)
+        for _ in range(20):
+            sidecar.stats()
+        assert outcomes == []
+        sidecar.kill()
+
+
+def test_requests_go_on_in_a_successor() -> None:
+    """What its predecessor had answered is not answered again, and what it had in its hands is."""
+    with Sidecar(POST, ROLE, {}, queues=2) as sidecar:
+        sends, gets = sidecar.start()
+        sends.run(out=[b"one"])
+        assert gets.run(into=[16]).written == 3
+        waiting = gets.submit(into=[16])
+        gets.kick()
+        sidecar.stats()
+        sidecar.kill()
+        last = sends.submit(out=[b"two2"])
+        with Sidecar(POST, ROLE, {}, queues=2, predecessor=sidecar, takes_over=True, incoming=True) as successor:
+            successor.take_over()
+            sends.kick(force=True)
+            gets.wait(1)
+            assert waiting.data[0][: waiting.written] == b"two2"
+            sends.wait(1)
+            assert last.done

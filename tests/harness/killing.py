@@ -83,7 +83,12 @@ class Victim:
     def kill(self, role: str, number: int = signal.SIGKILL, *, wait: bool = True) -> float:
         """Kills a sidecar (a role such as blk-root); seconds until another serves in its place."""
         began = time.monotonic()
-        os.kill(self.pid(role), number)
+        while True:
+            try:
+                os.kill(self.pid(role), number)
+                break
+            except ProcessLookupError:  # an earlier kill has had its effect, and the core has not heard yet
+                time.sleep(0.001)
         if wait:
             self.wait_event("SIDECAR_RESTARTED", role.partition("-")[2])
         return time.monotonic() - began

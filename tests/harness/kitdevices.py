@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -110,3 +111,13 @@ class CrowdDevice(PostDevice):
     """More queues than the kit has."""
 
     sizes = (8,) * 17
+
+
+class StuckDevice(PostDevice):
+    """One that never answers a text of four bytes: its data loop is in it for good."""
+
+    def handle(self, request: sdk.Request) -> float | None:
+        """See the class."""
+        if request.queue == 0 and request.readable == 4:
+            threading.Event().wait()
+        return super().handle(request)
