@@ -44,6 +44,7 @@ def everything(folder: Path, **disk: object) -> dict[str, object]:
     }
 
 
+@pytest.mark.timeout(120 + 3 * KILLS)
 def test_random_kills(host: Host, tmp_path: Path) -> None:
     """Some of them of a sidecar that has only just begun to recover. With an overlay, whose map is the sidecar's."""
     rng = random.Random(int(os.environ.get("MOTORCADE_CHAOS_SEED", "1")))

@@ -3,6 +3,7 @@ killed."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -54,13 +55,16 @@ class Victim:
         host.vmmctl("up", "-d", str(write_machine(folder, "web", microguest.build(), cmdline=cmdline, **machine)))
         self.directory = host.run_dir / "web"
         self.qmp = QmpClient(self.directory / "qmp.sock", timeout=TIMEOUT)
-        self._pids = {p["role"]: p["pid"] for p in host.state("web")["processes"]}
+        self._listening: socket.socket | None = None
+        self._heard = b""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.qmp.__exit__(kind, error, tb)
+        if self._listening is not None:
+            self._listening.close()
         self.host.vmmctl("down", "--force", "web", check=None)
 
     def pid(self, role: str) -> int:
@@ -98,21 +102,18 @@ class Victim:
         found = [p.read_text(errors="replace")[-2000:] for p in self.directory.glob(f"log/*-{device}.log")]
         return "\n".join(found)
 
-    def gaps(self) -> Sequence[int]:
-        """The gaps that the guest has reported so far, in ticks."""
-        return [int(n, 16) for n in re.findall(rb"gap ([0-9a-f]+)\n", self.output())]
-
-    def output(self) -> bytes:
-        """What the guest has printed, as far as the scrollback goes."""
-        with self._console() as console:
-            console.settimeout(0.5)
-            said = b""
-            try:
-                while some := console.recv(1 << 20):
-                    said += some
-            except TimeoutError:  # it has no more to say for now
-                pass
-        return said.replace(b"\r", b"")
+    def gaps(self, seconds: float) -> Sequence[int]:
+        """The gaps, in ticks, that the guest has reported since the last call, and reports within ``seconds``. Only
+        while its console's sidecar lives."""
+        if self._listening is None:
+            self._listening = self._console()
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._listening.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                self._heard += self._listening.recv(1 << 20).replace(b"\r", b"")
+        whole, _, self._heard = self._heard.rpartition(b"\n")
+        return [int(n, 16) for n in re.findall(rb"gap ([0-9a-f]+)", whole)]
 
     def _console(self) -> socket.socket:
         console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
