@@ -29,6 +29,7 @@ import msgspec
 from motorcade.orchestrator.errors import UserError
 from motorcade.orchestrator.pidfile import PidFile
 
+_PF_EXITING = 0x4
 KEEP_ENDED = 20
 MAX_SOCKET_PATH = 107  # sockaddr_un.sun_path, less the NUL
 _ENDED = ".ended"  # no VM can have this name: names begin with a letter or digit
@@ -260,11 +261,22 @@ def read_state(path: Path) -> dict[str, Any]:
 def process_start(pid: int) -> int | None:
     """When ``pid`` began, in clock ticks since boot (proc_pid_stat(5), field 22): tells it from a later process
     of the same pid. None when it is gone, or a zombie."""
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether ``pid`` is gone, or is about to be: PF_EXITING (linux/sched.h) in proc_pid_stat(5)'s field 9."""
+    fields = _stat(pid)
+    return fields is None or bool(int(fields[6]) & _PF_EXITING)
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """proc_pid_stat(5) from field 3 on; None when there is no such process."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def end_processes(state: dict[str, Any], timeout: float = 5.0) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from motorcade.orchestrator import footprint
 from motorcade.orchestrator.footprint import Ranges
-from motorcade.orchestrator.rundir import process_start
+from motorcade.orchestrator.rundir import is_exiting, process_start
 
 if TYPE_CHECKING:
     from motorcade.orchestrator.ahead import Ahead
@@ -55,6 +55,12 @@ class Process:
     def alive(self) -> bool:
         """Not reaped yet."""
         return not self.state.startswith(("exited", "killed"))
+
+    @property
+    def dying(self) -> bool:
+        """Whether its end has begun, though there is nothing to reap yet: its sockets are closed some time before its
+        pidfd is readable (the kernel's PF_EXITING)."""
+        return is_exiting(self.pid)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal; one that has ended is left alone."""

@@ -432,6 +432,8 @@ class Supervisor:
         if core is not None and core.alive and self.status == "running":
             # The core says that the VM ends before it has its sidecars end.
             self.hear(core)
+            if core.dying:
+                return  # which its sidecars have seen before its pidfd says so
         if self.status == "running" and core is not None and core.alive:
             self.processes.revival.died(child, why)
         else:

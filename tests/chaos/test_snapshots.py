@@ -142,18 +142,17 @@ def test_a_sidecar_at_any_moment(host: VmHost, original: Original, tmp_path: Pat
         whole_or_nothing(tmp_path, f"t{n}", info["status"])
         if info["status"] == "failed":
             assert info["error-desc"].startswith(f"{victim}: its sidecar "), info
-        # It is gone for good; a snapshot without it would be one of another machine.
+        # Another has taken its place, and a snapshot of the machine has it.
         vm.await_event("sidecar-died")
-        later = vm.snapshot(tmp_path / "later", live=live)
-        assert later["status"] == "failed"
-        assert later["error-desc"].startswith(f"{victim}: its sidecar is gone, and its state with it: ")
-        whole_or_nothing(tmp_path, "later", "failed")
-        if victim in ("raw", "lan"):
-            wholevm.finish(vm)  # with all the others
         with vm.qmp() as qmp:
+            while any(row["state"] != "present" for row in qmp.execute("x-motorcade-sidecars")):
+                pass
             assert qmp.execute("query-status")["running"] is True
-            states = {row["id"]: row["state"] for row in qmp.execute("x-motorcade-sidecars")}
-        assert [name for name, state in states.items() if state != "present"] == [victim]
+        assert vm.snapshot(tmp_path / f"later{n}", live=live)["status"] == "completed"
+        whole_or_nothing(tmp_path, f"later{n}", "completed")
+        if victim in ("raw", "lan"):
+            # The others' successors have interrupted once for nothing, which is all that this guest's driver waits for.
+            wholevm.finish(vm)
         vm.close()
 
 
