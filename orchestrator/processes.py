@@ -126,7 +126,8 @@ class Processes:
 
     def fork_successor(self, device: Device, code: str | None) -> Child:
         """Another process for a device, which waits for ``boot_successor``. ``code``: None for what this process has
-        loaded; else a new interpreter runs what is on disk, in the directory ``code`` first where that is not empty."""
+        loaded; else a new interpreter runs what is on disk, in the directory ``code`` first where that is not empty.
+        Errors: OSError, UserError."""
         if code is None:
             return self._fork(device.role, device.id, self._mains[device.kind])
         log_fd = self.run_dir.open_log(device.role)
@@ -135,6 +136,7 @@ class Processes:
         finally:
             os.close(log_fd)
         self.watcher.watch(child)
+        self.bound(device.role, child.pid)
         return child
 
     def renew(self, device: Device) -> None:

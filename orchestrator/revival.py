@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from motorcade.orchestrator.errors import UserError
 from motorcade.proto import boot, schema
 
 if TYPE_CHECKING:
@@ -152,7 +153,11 @@ class Revival:
 
     def _replace(self, device: Device, story: _Story) -> None:
         self._processes.renew(device)
-        child = self._processes.fork_successor(device, story.code)
+        try:
+            child = self._processes.fork_successor(device, story.code)
+        except (OSError, UserError) as e:  # no process to be had is this device's end, and not the VM's
+            self._fail(device.id, device.role, f"no other process can be started: {e}")
+            return
         self._processes.sidecars[device.id] = child
         story.restarts += 1
         self._processes.tell_core(schema.SidecarReplaced(device.id, child.pid))
@@ -174,7 +179,11 @@ class Revival:
             self._answer(device.id, "one that is to replace it is being started already")
             return
         story.standby_code = life.path if life.upgrade else story.code
-        story.standby = self._processes.fork_successor(device, story.standby_code)
+        try:
+            story.standby = self._processes.fork_successor(device, story.standby_code)
+        except (OSError, UserError) as e:
+            self._answer(device.id, str(e))
+            return
         story.standby_due = time.monotonic() + STANDBY_TIMEOUT
         self._processes.boot_successor(device, story.standby, standby=True)
 
