@@ -259,15 +259,24 @@ def test_a_machine_without_one_says_so(host: VmHost, guest: Path, tmp_path: Path
             assert refused.value.error is not None and refused.value.error["class"] == "DeviceNotActive"
 
 
-def test_without_its_sidecar_it_says_why(host: VmHost, guest: Path, tmp_path: Path) -> None:
+def test_another_process_in_its_place_knows_what_the_last_one_knew(host: VmHost, guest: Path, tmp_path: Path) -> None:
     vm = host.start(machine(tmp_path, guest))
-    with vm.qmp() as qmp:
-        os.kill(vm.sidecar_pid("balloon"), 9)
-        while qmp.execute("x-motorcade-sidecars")[-1]["state"] != "gone":
-            pass
-        with pytest.raises(QmpError, match="its sidecar is gone"):
-            qmp.execute("balloon", {"value": SIZE // 2})
-        assert actual(qmp) == SIZE
+    given = len(GIVEN) * PAGE
+    with vm.attach() as uart, vm.qmp() as qmp:
+        wholevm.hear(uart, b"filled")
+        qmp.execute("balloon", {"value": SIZE // 2})
+        give(uart)
+        first = vm.sidecar_pid("balloon")
+        os.kill(first, 9)
+        while (event := qmp.wait_event(60)) is None or event["event"] != "SIDECAR_RESTARTED":
+            assert event is not None, "nobody took its place"
+        said = qmp.execute("x-motorcade-balloon-stats")
+        assert (said["target"], said["actual"], said["driver"]) == (SIZE // 2, SIZE - given, True)
+        qmp.execute("balloon", {"value": SIZE - 8 * given})
+        said = qmp.execute("x-motorcade-balloon-stats")
+        assert (said["target"], said["actual"]) == (SIZE - 8 * given, SIZE - given)
+        assert holes(vm, range(PAGES)) == GIVEN
+        assert look(uart, 0) == EXPECTED
 
 
 def test_vmmctl_shows_it_and_waits_for_what_the_guest_does(guest: Path, tmp_path: Path) -> None:
