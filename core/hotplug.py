@@ -377,8 +377,11 @@ class Hotplug:
         slot = self._platform.slot_of(device_id)
         if slot.index not in HOTPLUG_SLOTS:
             raise QmpError(f"Device '{device_id}' does not support hot-unplug: a {slot.kind} device is fixed")
-        if self._platform.links[device_id].paused:
+        link = self._platform.links[device_id]
+        if link.paused:
             raise QmpError(f"The sidecar of '{device_id}' is paused; resume it first")
+        if link.state is LinkState.WAITING:  # it knows where the queues stand
+            raise QmpError(f"The sidecar of '{device_id}' has died, and is being replaced; try again")
         nobody = f"~{slot.index}"
         if device.status:
             await self._bring(ask.Plug(nobody, slot.index, replaces=device_id))

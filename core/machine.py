@@ -397,6 +397,8 @@ class Machine:
             return "the machine is starting, or ending"
         if self._snapshots.busy or self._incoming.busy:
             return "a snapshot is being taken; its end is to be waited for (query-migrate)"
+        if self._recovery.busy:
+            return "a sidecar is being restarted; its end is to be waited for"
         if self._dormant or self._resting:
             return "the machine was restored, or saved, and has not run since; cont first"
         return None
