@@ -135,14 +135,19 @@ int mc_vhost_watch(struct mc_vhost *s, uint32_t which, int fd)
 	return error;
 }
 
-/* The backend says that it has used buffers. Its write of used.idx is before its write to the eventfd, which our read of
- * that has seen; mc_vq_interrupt() sets InterruptStatus behind it. */
+/* The backend says that it has used buffers, or may have: libvhost-user signals each eventfd that it is given once, to be
+ * sure. Without a used buffer that has not been announced there is no interrupt. Its write of used.idx is before its write
+ * to the eventfd, which our read of that has seen; mc_vq_interrupt() sets InterruptStatus behind it. */
 static void called(struct queue *q)
 {
-	if (!clear_fd(q->call_fd) || !q->attached || q->vq.error)
+	clear_fd(q->call_fd);
+	if (!q->attached || q->vq.error)
 		return;
+	uint16_t before = q->account->used_seen;
+
 	mc_vhost_heads_look(q);
-	mc_vq_interrupt(&q->vq);
+	if (q->account->used_seen != before)
+		mc_vq_interrupt(&q->vq);
 }
 
 static bool gave_up(struct queue *q)
@@ -192,19 +197,9 @@ enum mc_vhost_event mc_vhost_next(struct mc_vhost *s, int milliseconds)
 
 void mc_vhost_flush(struct mc_vhost *s)
 {
-	for (uint32_t i = 0; i < s->n; i++) {
-		struct queue *q = &s->q[i];
-		bool pending = clear_fd(q->call_fd);
-
-		if (!q->attached || q->vq.error)
-			continue;
-		/* Used buffers without a call: the driver wanted none, or the backend had no chance. */
-		uint16_t before = q->account->used_seen;
-
-		mc_vhost_heads_look(q);
-		if (pending || q->account->used_seen != before)
-			mc_vq_interrupt(&q->vq);
-	}
+	/* Also without a call: the driver wanted none, or the backend had no chance. */
+	for (uint32_t i = 0; i < s->n; i++)
+		called(&s->q[i]);
 }
 
 void mc_vhost_interrupt_all(struct mc_vhost *s)

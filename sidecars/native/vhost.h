@@ -10,6 +10,7 @@
 #ifndef MC_VHOST_H
 #define MC_VHOST_H
 
+#include "inflight.h"
 #include "virtqueue.h"
 
 #define MC_VHOST_MAX_QUEUES 64
@@ -36,6 +37,8 @@ struct mc_vhost_account {
 	uint64_t last[MC_MAX_QUEUE_SIZE];	/* number of the entry that made this head available the last time */
 	int16_t with[MC_MAX_QUEUE_SIZE];	/* 1: the backend has this head */
 };
+
+_Static_assert(sizeof(struct mc_vhost_account) <= MC_KEEP_QUEUE, "it lies where other kinds have their in-flight region");
 
 /* n queues. NULL with errno. */
 struct mc_vhost *mc_vhost_new(uint32_t n);

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from motorcade.sidecars import _vhost, device, sdk
-from motorcade.sidecars.device import BAD_AVAIL_IDX, BrokenQueue, DeviceState, QueueConfig, QueueState
+from motorcade.sidecars.device import BrokenQueue, DeviceState, QueueConfig, QueueState
 from motorcade.sidecars.sandbox.calls import allow
 from motorcade.sidecars.vhostuser import opening
 from motorcade.sidecars.vhostuser.options import VhostUserOptions
@@ -117,31 +117,21 @@ class VhostUserDevice(sdk.Kind):
         from motorcade.sidecars.vhostuser.frontend import Setting
 
         setting = Setting(features)
-        for given in queues:
-            queue = self._go_on(given) if self.keep.again else given
+        again = self.keep.again
+        for queue in queues:
             vq = ffi.new("struct mc_vq *")
             vq.mem = self._mem
             vq.isr = ffi.cast("struct mc_isr *", ffi.from_buffer(self._isr))
             vq.watch = device.watched(ffi, self.watch)
             kick, call = self.fds[f"kick.{queue.index}"], self.fds["call.0"]
             device.init_queue(lib, vq, queue, features, kick_fd=kick, call_fd=call)
-            if error := lib.mc_vhost_attach(self._loop, queue.index, vq, ffi.NULL, False):
+            if error := lib.mc_vhost_attach(self._loop, queue.index, vq, self.keep.queue(queue.index), again):
                 raise OSError(error, f"queue {queue.index}: {os.strerror(error)}")
             if not vq.error:
                 setting.rings[queue.index] = Ring(queue.index, queue.size, queue.desc, queue.driver, queue.device)
             setting.at[queue.index] = queue.last_avail, queue.used_idx
-        self._front.begin(setting)
-
-    def _go_on(self, queue: QueueConfig) -> QueueConfig:
-        """A queue that another process has served, whose backend is gone with its connection. Where nothing was in
-        flight the next one begins there; else nobody knows what was, and the queue is broken."""
-        try:
-            ends = [int.from_bytes(self.memory.read(at + 2, 2), "little") for at in (queue.driver, queue.device)]
-        except ValueError:
-            return queue  # outside of memory, as init_queue will say
-        offered, used = ends
-        lost = offered != used
-        return dataclasses.replace(queue, last_avail=used, used_idx=used, error=BAD_AVAIL_IDX if lost else queue.error)
+        # Where another process has served them, the account that it left says what its backend had.
+        self._front.begin(setting, again=again)
 
     def run(self) -> None:
         """See frontend.py."""

@@ -211,6 +211,22 @@ def test_a_backend_that_is_killed_and_started_again_costs_time_and_nothing_else(
         assert sidecar.stats().queues[0].requests >= 5 * depth
 
 
+@pytest.mark.parametrize("depth", [1, 20])
+def test_a_sidecar_that_is_killed_leaves_its_account_to_the_next(storage: Storage, image: Path, depth: int) -> None:
+    with bridge(storage) as sidecar:
+        (queue,) = sidecar.start()
+        done = load(Driver(queue), random.Random(6), depth)
+        queue.wait(depth)
+        check(image, done)
+        made = load(Driver(queue), random.Random(7), depth)
+        sidecar.kill()
+        with bridge(storage, incoming=True, predecessor=sidecar, takes_over=True) as successor:
+            successor.take_over()
+            queue.wait(depth)
+            check(image, made)
+            assert not successor.needs_reset
+
+
 def test_while_its_backend_is_away_it_is_frozen_if_nothing_was_in_hand(storage: Storage, image: Path) -> None:
     with bridge(storage) as sidecar:
         (queue,) = sidecar.start()

@@ -45,15 +45,15 @@ def test_a_shared_directory_and_a_disk(host: VmHost, linux: Machine, tmp_path: P
     content = os.urandom(MIB // 4)
     (shared / "from-host").write_bytes(content)
     image.write_bytes(os.urandom(2 * MIB))
-    export = "type=vhost-user-blk,id=e,node-name=d,writable=on,num-queues=2,addr.type=fd,addr.str={fd}"
+    export = "type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=fd,addr.str={fd}"
     disk = [PROGRAM, "--blockdev", f"driver=file,node-name=d,filename={image}", "--export", export]
     # The box's own file tree has no extended attributes to pass on.
     files = [VIRTIOFSD, "--fd={fd}", "-o", f"source={shared},no_xattr"]
     devices = [
         {"id": "fs0", "kind": "vhost-user", "type": "fs", "tag": "shared", "command": files},
-        {"id": "disk0", "kind": "vhost-user", "type": "blk", "queues": 2, "command": disk},
+        {"id": "disk0", "kind": "vhost-user", "type": "blk", "command": disk},
     ]
-    vm = host.start(linux(cpus=2, devices=devices))
+    vm = host.start(linux(memory="128M", devices=devices))
     agent = vm.console()
     agent.wait_ready()
 
@@ -66,7 +66,6 @@ def test_a_shared_directory_and_a_disk(host: VmHost, linux: Machine, tmp_path: P
 
     # The disk, and its backend's death under a write.
     assert agent.check("sha256sum < /dev/vda").split()[0] == hashlib.sha256(image.read_bytes()).hexdigest()
-    assert agent.check("ls -d /sys/block/vda/mq/* | wc -l") == "2"
     agent.check("(dd if=/mnt/from-host of=/dev/vda bs=4k seek=100 oflag=direct 2>&1; echo done $?) > /run/dd &")
     os.kill(pid(vm.run_dir, "backend-disk0"), signal.SIGKILL)
     assert vm.await_event("sidecar-died")["role"] == "backend-disk0"
@@ -88,7 +87,7 @@ def test_a_shared_directory_and_a_disk(host: VmHost, linux: Machine, tmp_path: P
 
     # A clone finds both, with backends of its own.
     after = hashlib.sha256(image.read_bytes()).hexdigest()
-    clone = host.start(linux(cpus=2, devices=devices), template=tmp_path / "template")
+    clone = host.start(linux(memory="128M", devices=devices), template=tmp_path / "template")
     agent = clone.console()
     agent.check("echo 3 > /proc/sys/vm/drop_caches")
     assert agent.check("sha256sum < /dev/vda").split()[0] == after

@@ -146,6 +146,19 @@ def test_a_backend_that_the_vm_started_is_started_again(
     assert all(gone(pid) for pid in pids)
 
 
+def test_a_sidecar_that_is_killed_is_replaced_and_connects_again(
+    host: VmHost, guest: Path, tmp_path: Path, image: Path
+) -> None:
+    vm = host.start(machine(tmp_path, guest, **started(image)))
+    with vm.attach() as uart:
+        wholevm.hear(uart, b"ready")
+        os.kill(vm.sidecar_pid("disk0"), signal.SIGKILL)
+        uart.sendall(b"x")
+        wholevm.hear(uart, b"written")
+    assert written(image) == WORDS[1]
+    assert len(backend_pids(vm.run_dir)) == 1
+
+
 def test_no_backend_outlives_a_supervisor_that_is_killed(
     host: VmHost, guest: Path, tmp_path: Path, image: Path
 ) -> None:
