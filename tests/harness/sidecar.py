@@ -28,6 +28,7 @@ from motorcade.proto import boot as boot_proto
 from motorcade.proto import messages as m
 from motorcade.proto.framing import ControlServer, Outcome
 from motorcade.proto.versions import PROTOCOL_VERSION
+from motorcade.sidecars.blk.overlay import OverlayError
 from motorcade.sidecars.device import RING_EVENT_IDX, RING_INDIRECT_DESC, map_isr
 
 TIMEOUT = 20.0  # seconds, for whatever must happen soon: generous, since CI machines are slow
@@ -39,6 +40,14 @@ log = logging.getLogger(__name__)
 
 class SidecarGone(Exception):
     """The process ended, or said that it cannot start. The text has the end of its log."""
+
+
+def _kept(role: m.Role, queues: int, fds: Mapping[str, int]) -> int:
+    """As the supervisor reckons it, which refuses a damaged overlay; here the sidecar is to."""
+    try:
+        return keeps.size(role, queues, fds)
+    except OverlayError:
+        return 1 << 20
 
 
 class Sidecar:
@@ -93,7 +102,7 @@ class Sidecar:
             self.inflight = os.dup(predecessor.inflight)
         else:
             self.inflight = os.memfd_create("inflight", os.MFD_CLOEXEC)
-            os.ftruncate(self.inflight, keeps.size(role, queues, fds))
+            os.ftruncate(self.inflight, _kept(role, queues, fds))
         self._isr = map_isr(self.isr_fd)
         self.log_path = self.directory / "log"
         self._log_fd = os.open(self.log_path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
