@@ -88,13 +88,15 @@ class Victim:
         """Kills a sidecar (a role such as blk-root); seconds until another serves in its place."""
         began = time.monotonic()
         while True:
+            pid = self.pid(role)
             try:
-                os.kill(self.pid(role), number)
+                os.kill(pid, number)
                 break
             except ProcessLookupError:  # an earlier kill has had its effect, and the core has not heard yet
                 time.sleep(0.001)
-        if wait:
+        while wait:
             self.wait_event("SIDECAR_RESTARTED", role.partition("-")[2])
+            wait = self.pid(role) == pid  # an event of before
         return time.monotonic() - began
 
     def log(self, device: str) -> str:
