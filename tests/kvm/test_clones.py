@@ -477,7 +477,7 @@ def test_a_machine_can_wait_for_its_template(world: World) -> None:
     assert world.host.state("web")["status"] == "incoming"
     assert world.qmp("web", "query-status")["status"] == "inmigrate"
     no = world.host.vmmctl("qmp", "web", "migrate-incoming", "uri=file:/nowhere", check=1)
-    assert "/nowhere: not a template" in no.stderr
+    assert "/nowhere: no such directory" in no.stderr
     world.qmp("web", "migrate-incoming", f"uri=file:{template}")
     assert world.says("web") == "hello\nabcmore\n"
     assert "does not wait" in world.host.vmmctl("qmp", "web", "migrate-incoming", "uri=file:/x", check=1).stderr

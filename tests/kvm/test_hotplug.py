@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -387,38 +385,6 @@ def start_clone(host: VmHost, template: Path) -> Vm:
     plan = plans.read(template)
     described = msgspec.json.decode(msgspec.json.encode(plan.machine, enc_hook=encode))
     return host.start({**described, "name": "clone"}, template=template)
-
-
-def test_sidecars_of_what_was_plugged_are_replaced_when_they_die(tmp_path: Path, guest: Path) -> None:
-    """A new disk's, what answers in a held slot, and that of a disk which came to a held slot."""
-    path = image(tmp_path, "a.img")
-    with machine(tmp_path, guest) as (_vm, talk, qmp, _):
-
-        def kill(device: str) -> None:
-            def found() -> dict[str, Any]:
-                return next(s for s in qmp.execute("x-motorcade-sidecars") if s["id"] == device)
-
-            pid = found()["pid"]
-            os.kill(pid, signal.SIGKILL)
-            for _ in range(10_000):
-                if found()["pid"] != pid and found()["state"] == "present":
-                    return
-            raise AssertionError(found())
-
-        add = {"disk": {"id": "d", "path": str(path), "slot": 2}}
-        qmp.execute("x-motorcade-device-add", add)
-        disk = Disk(talk, 2)
-        disk.request(OUT, OK, 0x22, sector=1)
-        kill("d")
-        disk.request(IN, OK, 0x22, sector=1, again=True)
-        qmp.execute("device_del", {"id": "d"})
-        disk.config_changed(0)
-        kill("~2")
-        disk.request(IN, IOERR, again=True)
-        qmp.execute("x-motorcade-device-add", add)
-        disk.config_changed(MIB // 512)
-        kill("d")
-        disk.request(IN, OK, 0x22, sector=1, again=True)
 
 
 def test_a_debugged_disk_takes_its_socket_along(tmp_path: Path, guest: Path) -> None:
