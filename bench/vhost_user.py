@@ -29,7 +29,7 @@ class FrontEnd:
 
     def stop(self, index: int) -> None:
         """Stops a queue: it takes no more."""
-        self.backend.stop(index)
+        self.backend.stop(index, call=self._error)
 
     def close(self) -> None:
         """Ends the connection."""

@@ -185,12 +185,18 @@ class Backend:
         if self.all_features & protocol.F_PROTOCOL_FEATURES:  # else it is enabled by now
             c.confirm(Request.SET_VRING_ENABLE, protocol.VRING_STATE.pack(index, 1))
 
-    def stop(self, index: int) -> int:
-        """Has it leave a ring alone: the next avail entry that it would have taken."""
+    def stop(self, index: int, *, call: int) -> int:
+        """Has it leave a ring alone: the next avail entry that it would have taken. ``call``: its call eventfd.
+
+        libvhost-user closes that here, with requests still in flight (qemu-storage-daemon), and gives the ring up for
+        broken when it has one of them to tell of. So it gets it again, in the message right behind.
+        """
         c = self.connection
         c.deadline = STOP
         try:
-            answer = c.ask(Request.GET_VRING_BASE, protocol.VRING_STATE.pack(index, 0), protocol.VRING_STATE.size)
+            c.send(Request.GET_VRING_BASE, protocol.VRING_STATE.pack(index, 0))
+            c.send(Request.SET_VRING_CALL, protocol.U64.pack(index), [call])
+            answer = c.receive(Request.GET_VRING_BASE, protocol.VRING_STATE.size)
         finally:
             c.deadline = ANSWER
         same, base = protocol.VRING_STATE.unpack(answer)

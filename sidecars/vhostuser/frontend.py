@@ -284,7 +284,7 @@ class FrontEnd:
         backend = self._present
         bases = {}
         for index in self._running:
-            base = bases[index] = backend.stop(index)
+            base = bases[index] = backend.stop(index, call=lib.mc_vhost_call_fd(self._loop, index))
             size = self.setting.rings[index].size
             taken, ahead = base - self._used(index), lib.mc_vhost_avail_idx(self._loop, index) - base
             if taken & 0xFFFF > size or ahead & 0xFFFF > size:

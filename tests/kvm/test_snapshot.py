@@ -172,7 +172,7 @@ def test_a_sidecar_that_does_not_resume_is_killed(
         hear(console, b".")
         os.kill(vm.sidecar_pid("d"), signal.SIGSTOP)
         assert vm.snapshot(tmp_path / "t")["status"] == "failed"
-        while not any(e["event"] == "SIDECAR_FAILED" for e in qmp.events):
+        while not any(e["event"] == "SIDECAR_RESTARTED" for e in qmp.events):
             qmp.execute("query-status")
         assert bad_pages(console) == 0
 
