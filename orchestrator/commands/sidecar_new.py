@@ -31,7 +31,7 @@ def run_new(args: argparse.Namespace) -> int:
         raise UserError(f"'{kind}' cannot be a kind: small letters, digits and -, at most 31, no Python keyword",
                         EXIT_USAGE)  # fmt: skip
     if kind in kinds.RESERVED:
-        raise UserError(f"'{kind}' is a name of Motorcade's own", EXIT_USAGE)
+        raise UserError(f"'{kind}' cannot be the kind's name: it is one of Motorcade's own", EXIT_USAGE)
     folder: Path = args.into or Path(kind)
     try:
         folder.mkdir()

@@ -40,6 +40,7 @@ class FakeMachine:
 
     name = "fake"
     uuid = "7a1f0d7e-3c4b-4a57-9f0e-6f6f3a9d2c11"
+    balloon = None  # this machine has none
 
     def __init__(self) -> None:
         self.run_state = RunState.RUNNING

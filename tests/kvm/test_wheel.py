@@ -16,7 +16,7 @@ from harness.vmmctl import REPO, Host, write_machine
 
 pytestmark = pytest.mark.timeout(400)  # six extensions are compiled
 
-EXTENSIONS = {"core/_native", *(f"sidecars/_{kind}" for kind in ("blk", "net", "pager", "queue", "serial"))}
+EXTENSIONS = {"core/_native", *(f"sidecars/_{kind}" for kind in ("blk", "net", "pager", "queue", "seccomp", "serial", "vhost"))}
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
