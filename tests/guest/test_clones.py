@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import re
 import shutil
 import struct
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from harness.agent import Agent
+from harness.linuxworker import COMPLAINTS
 from harness.vm import VmHost
 from harness.vmmctl import Host, gone
 from motorcade.orchestrator.qmpclient import QmpClient
@@ -31,7 +31,6 @@ DAY = 86400  # seconds
 # The VM generation ID lies in memory that is not RAM for the guest (docs/internals.md).
 GENERATION_ID = f"dd if=/dev/mem bs=16 skip={0xE0040 // 16} count=1 2> /dev/null | od -An -tx1"
 FIRST_SECTOR = "dd if=/dev/vda bs=512 count=1 iflag=direct 2> /dev/null"
-COMPLAINTS = re.compile(r".*(?:lockup|stall|hung|Trace|error|BUG|Oops|[Cc]orrupt|unstable|backwards).*")
 
 
 @pytest.fixture

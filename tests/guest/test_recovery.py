@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_snapshots import Worker, complaints
 
 from harness.linuxload import working
+from harness.linuxworker import Worker, complaints
 from harness.vm import VmHost
 from motorcade.orchestrator.qmpclient import QmpClient
 

@@ -208,6 +208,16 @@ static void do_store(const char *arg)
 	write32(address, number(value));
 }
 
+/* until=ADDRESS:VALUE: waits until the 32 bits there are that */
+static void do_until(const char *arg)
+{
+	uint64_t address;
+	uint32_t value = number(pair(arg, &address));
+
+	while (read32(address) != value)
+		pause();
+}
+
 static void do_load(const char *arg)
 {
 	put_hex(read32(number(arg)));
@@ -336,7 +346,8 @@ static const struct { const char *name; void (*run)(const char *arg); } words[] 
 	{ "pio", do_pio }, { "slot", do_slot },
 	{ "peek", do_peek }, { "poke", do_poke }, { "wide", do_wide }, { "irq", do_irq }, { "await", do_await },
 	{ "isr", do_isr }, { "kicks", do_kicks }, { "fault", do_fault }, { "bad", do_bad }, { "smp", do_smp },
-	{ "cpuid", do_cpuid_word }, { "out", do_out }, { "store", do_store }, { "load", do_load }, { "initrd", do_initrd },
+	{ "cpuid", do_cpuid_word }, { "out", do_out }, { "store", do_store }, { "load", do_load }, { "until", do_until },
+	{ "initrd", do_initrd },
 	{ "ram", do_ram }, { "serve", do_serve },
 	{ "disk", do_disk },
 };

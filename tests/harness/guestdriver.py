@@ -38,6 +38,10 @@ class Script:
         self.words.append(f"load={gpa}")
         self.expected.append(f"{expected:x}")
 
+    def until(self, gpa: int, value: int) -> None:
+        """Waits until a 32-bit word of memory, or of a device's registers, is that."""
+        self.words.append(f"until={gpa}:{value}")
+
     def write(self, folder: Path) -> Path:
         """The program as an initrd file."""
         path = folder / "script"

@@ -14,9 +14,10 @@ import pytest
 
 from harness.vmmctl import REPO, Host, write_machine
 
-pytestmark = pytest.mark.timeout(400)  # six extensions are compiled
+pytestmark = pytest.mark.timeout(400)  # they are compiled
 
-EXTENSIONS = {"core/_native", *(f"sidecars/_{kind}" for kind in ("blk", "net", "pager", "queue", "seccomp", "serial", "vhost"))}
+NAMES = ("blk", "net", "pager", "queue", "seccomp", "serial", "vhost")
+EXTENSIONS = {"core/_native", *(f"sidecars/_{name}" for name in NAMES)}
 
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
