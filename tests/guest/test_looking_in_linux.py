@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,13 @@ def test_every_command(host: VmHost, linux: Machine, tmp_path: Path, capsys: pyt
         assert sum(queue["latency"]) == queue["requests"] == queue["taken"] - queue["in-flight"]
     assert "latency of queue" in vmmctl("sidecar", "stats", "linux", "data")
 
-    listed = {s["device"]: s for s in json.loads(vmmctl("sidecar", "ls", "linux", "--json"))}
-    assert [q["size"] for q in listed["data"]["queues"]] == [256, 256]
-    assert len(listed["hvc0"]["queues"]) == 2
-    assert listed["data"]["pss"] > MIB
+    def listed() -> dict[str, Any]:
+        return {s["device"]: s for s in json.loads(vmmctl("sidecar", "ls", "linux", "--json"))}
+
+    found = listed()
+    assert [q["size"] for q in found["data"]["queues"]] == [256, 256]
+    assert len(found["hvc0"]["queues"]) == 2
+    assert found["data"]["pss"] > MIB
     assert "activated: features" in vmmctl("sidecar", "log", "linux", "data")
 
     with Trace(vm.run_dir / "watch.sock", ["data"]) as trace:
@@ -67,8 +71,8 @@ def test_every_command(host: VmHost, linux: Machine, tmp_path: Path, capsys: pyt
     vmmctl("sidecar", "pause", "linux", "data")
     reader = threading.Thread(target=lambda: agent.check(READ))
     reader.start()
-    while not any(q["waiting"] for q in json.loads(vmmctl("sidecar", "ls", "linux", "--json"))[1]["queues"]):
-        pass
+    while not any(q["waiting"] for q in listed()["data"]["queues"]):
+        time.sleep(0.05)
     assert "paused" in vmmctl("sidecar", "ls", "linux")
     vmmctl("sidecar", "resume", "linux", "data")
     reader.join()
