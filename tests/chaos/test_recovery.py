@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.disk import small_tmpfs
 from harness.killing import Victim
 from harness.vmmctl import Host
 from motorcade.orchestrator.qmpclient import QmpError
@@ -62,6 +63,47 @@ def test_random_kills(host: Host, tmp_path: Path) -> None:
         assert [r["state"] for r in rows].count("running") == 5
         assert sum(r["restarts"] for r in rows) >= KILLS
         print(f"{KILLS} kills, {report.requests} requests")
+
+
+@pytest.mark.timeout(120 + 3 * KILLS)
+def test_random_kills_of_a_clone(host: Host, tmp_path: Path) -> None:
+    """Its pager's among them, while its memory comes."""
+    rng = random.Random(int(os.environ.get("MOTORCADE_CHAOS_SEED", "1")))
+    with Victim(host, tmp_path, 16, **everything(tmp_path, overlay=True)) as victim:
+        victim.freeze_and_thaw(tmp_path / "t")
+        for _ in range(KILLS):
+            victim.kill(rng.choice([*ROLES, "pager", "pager"]))
+            time.sleep(rng.random() * 0.03)
+        report = victim.finish()
+        assert report.clean, f"{report}\n{victim.log('root')}"
+        print(f"{KILLS} kills, {report.requests} requests")
+
+
+@pytest.mark.timeout(120 + 3 * KILLS)
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="a file system of the test's own needs root")
+def test_random_kills_with_injected_errors_and_a_full_disk(host: Host, tmp_path: Path) -> None:
+    """The guest hears of each request that fails, and finds all others done. The disk has room again in the end."""
+    rng = random.Random(int(os.environ.get("MOTORCADE_CHAOS_SEED", "1")))
+    with small_tmpfs(6 << 20) as own:
+        (own / "ballast").write_bytes(bytes(4 << 20))
+        overlay = f"/proc/{os.getpid()}/fd/{own.name}/overlay"
+        with Victim(host, tmp_path, 16, **everything(tmp_path, overlay=overlay)) as victim:
+            for n in range(KILLS):
+                operation = rng.choice(["any", "read", "write", "flush"])
+                fault = rng.choice([{"status": "ioerr"}, {"delay": 20}, {"delay": 5, "status": "ioerr"}])
+                fault |= {"id": "root", "count": rng.randint(1, 20), "operation": operation}
+                victim.qmp.execute("x-motorcade-sidecar-inject", fault)
+                time.sleep(rng.random() * 0.03)  # the test's variety, not its result
+                victim.kill("blk-root")
+                if n == KILLS * 2 // 3:
+                    log = victim.directory / "log" / "blk-root.log"
+                    host.wait_for("a full disk", lambda log=log: "No space left on device" in log.read_text())
+                    (own / "ballast").unlink()
+            report = victim.finish()
+            assert report.errors > 0
+            assert (report.bad, report.doubled) == (0, 0), f"{report}\n{victim.log('root')}"
+            print(f"{KILLS} kills, {report.requests} requests, {report.errors} errors")
 
 
 def test_restarts_and_upgrades_under_load(host: Host, tmp_path: Path) -> None:

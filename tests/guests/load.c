@@ -1,7 +1,8 @@
 /*
  * The word disk=SLOT:DEPTH:BLOCKS:OPS:GAP: a checksummed load on a disk, for those who kill its sidecar meanwhile. Every
  * block of 4096 bytes holds in each of its words which block and which write of it that is; a block has one request at a
- * time, and each read must find what the last write left. Every 50th request is a flush. OPS 0: until a byte is typed.
+ * time, and each read must find what the last write left; a write that was answered with an error may have left either
+ * what it wrote or what was there. Every 50th request is a flush. OPS 0: until a byte is typed.
  *
  * It says "gap TICKS" for each time between two completions that is longer than GAP ticks of the TSC (0: never), and at the
  * end "load OPS bad B errors E doubled D": blocks that were wrong, requests answered with an error, and used entries for
@@ -36,7 +37,8 @@ static struct vring_used *const used = (void *)(uint64_t)(MEMORY + 0x4000);
 static struct slot *const slots = (void *)(uint64_t)(MEMORY + 0x8000);
 static uint8_t *const data = (void *)(uint64_t)(MEMORY + 0x10000);
 
-static uint32_t generation[MAX_BLOCKS];
+static uint32_t generation[MAX_BLOCKS];	/* of the last write that succeeded */
+static uint32_t perhaps[MAX_BLOCKS];	/* of a later one that did not; 0: none */
 static bool taken[MAX_BLOCKS];
 static uint64_t device, depth, blocks, limit, report;
 static uint64_t started, finished, bad, errors, doubled, random_state;
@@ -87,7 +89,7 @@ static void offer(uint32_t i)
 		while (taken[s->block]);
 		taken[s->block] = true;
 		if (pick(2))
-			s->generation = generation[s->block] + 1;
+			s->generation = (perhaps[s->block] ? perhaps[s->block] : generation[s->block]) + 1;
 	}
 	s->header.type = flush ? VIRTIO_BLK_T_FLUSH : s->generation ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN;
 	s->header.sector = flush ? 0 : (uint64_t)s->block * (BLOCK / 512);
@@ -100,6 +102,19 @@ static void offer(uint32_t i)
 	s->busy = true;
 	started++;
 	avail->ring[made++ % QUEUE] = 3 * i;
+}
+
+/* Whether one write's words are all that a read has found, and that one may have been the last. */
+static bool right(const uint64_t *found, uint32_t block)
+{
+	uint32_t first = generation[block], last = perhaps[block] ? perhaps[block] : first;
+
+	for (uint32_t k = 1; k < WORDS; k++)
+		if (found[k] != found[0])
+			return false;
+	if (found[0] == word(block, first))
+		return true;
+	return found[0] >> 32 == block && (uint32_t)found[0] > first && (uint32_t)found[0] <= last;
 }
 
 static void settle(uint32_t head)
@@ -118,15 +133,14 @@ static void settle(uint32_t head)
 	if (s->block == NOTHING)
 		return;
 	taken[s->block] = false;
-	if (s->generation) {
+	if (s->generation && s->status) {
+		perhaps[s->block] = s->generation;
+	} else if (s->generation) {
 		generation[s->block] = s->generation;
-		return;
+		perhaps[s->block] = 0;
+	} else if (!s->status && !right(buffer(i), s->block)) {
+		bad++;
 	}
-	for (uint32_t k = 0; k < WORDS; k++)
-		if (buffer(i)[k] != word(s->block, generation[s->block])) {
-			bad++;
-			return;
-		}
 }
 
 /* At CPL 0 with interrupts off, so that none is missed between the look and the halt. */

@@ -52,7 +52,8 @@ class Victim:
         machine = {"disks": [{"id": "root", "path": str(image)}], "restarts": 1_000_000, **machine}
         cmdline = f"irq={slot_gsi(0)} disk=0:{depth}:{blocks}:0:{gap} print=end"
         self.host = host
-        host.vmmctl("up", "-d", str(write_machine(folder, "web", microguest.build(), cmdline=cmdline, **machine)))
+        self._file = write_machine(folder, "web", microguest.build(), cmdline=cmdline, **machine)
+        host.vmmctl("up", "-d", str(self._file))
         self.directory = host.run_dir / "web"
         self.qmp = QmpClient(self.directory / "qmp.sock", timeout=TIMEOUT)
         self._listening: socket.socket | None = None
@@ -66,6 +67,14 @@ class Victim:
         if self._listening is not None:
             self._listening.close()
         self.host.vmmctl("down", "--force", "web", check=None)
+
+    def freeze_and_thaw(self, template: Path) -> None:
+        """It goes on as a clone that fills its memory as it is touched, with a pager."""
+        self.host.vmmctl("snapshot", "web", str(template))
+        self.qmp.__exit__(None, None, None)
+        self.host.vmmctl("down", "--force", "web")
+        self.host.vmmctl("up", "-d", "--incoming", f"file:{template}", str(self._file))
+        self.qmp = QmpClient(self.directory / "qmp.sock", timeout=TIMEOUT)
 
     def pid(self, role: str) -> int:
         """Of its present process."""
@@ -94,6 +103,9 @@ class Victim:
                 break
             except ProcessLookupError:  # an earlier kill has had its effect, and the core has not heard yet
                 time.sleep(0.001)
+        if role == "pager":
+            self.host.wait_for("another pager", lambda: self.pid(role) != pid)
+            wait = False
         while wait:
             self.wait_event("SIDECAR_RESTARTED", role.partition("-")[2])
             wait = self.pid(role) == pid  # an event of before
