@@ -85,6 +85,14 @@ def test_every_command(host: VmHost, linux: Machine, tmp_path: Path, capsys: pyt
     assert stats()["detail"]["injected"] == 5
     assert sum(q["errors"] for q in stats()["queues"]) == 1
 
+    served = []
+    for command in ("restart", "upgrade"):
+        vmmctl("sidecar", command, "linux", "data")
+        served.append(listed()["data"]["pid"])
+        agent.check(READ)
+    assert len({vm.sidecar_pid("data"), *served}) == 3, "each puts a process of its own in the last one's place"
+    assert "seccomp" in vmmctl("sidecar", "sandbox", "linux", "data")
+
     assert 'motorcade_queue_errors_total{vm="linux",device="data"' in vmmctl("metrics", "linux")
     assert "blk-data" in vmmctl("top", "--once", "-i", "0.1")
     prompt = vm.run_dir / "debug-data.sock"
