@@ -31,7 +31,7 @@ WORKING_SET = "working-set"  # its file in a template, and its descriptor
 _BACK_OFF = 0.05  # seconds before the second replacement in a row; doubled with each, up to
 _BACK_OFF_MAX = 2.0
 _STEADY = 10.0  # seconds that a pager has to live for its death to be a new story
-_MOST_DEATHS = 12  # in a row: about 20 seconds
+_MOST_DEATHS = 12  # in a row: about 20 seconds; more where machine.yaml's ``restarts`` is more
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ class PagerKeeper:
         size: int,
         *,
         eager: bool,
+        restarts: int,
     ) -> None:
-        """``size``: bytes of RAM. ``eager``: it copies everything at the start, and serves nobody."""
+        """``size``: bytes of RAM. ``eager``: it copies everything at the start, and serves nobody. ``restarts``: as in
+        machine.yaml."""
         self._fork, self._send_boot, self._size, self.eager = fork, send_boot, size, eager
         self.child: Child | None = None
         self.due: float | None = None  # monotonic: when ``replace`` is to be called
@@ -64,6 +66,7 @@ class PagerKeeper:
         self._booted = False
         self._born = 0.0
         self._deaths = 0
+        self._most_deaths = max(_MOST_DEATHS, restarts)
 
     def start(self) -> Child:
         """The first one, which waits for its Boot."""
@@ -113,8 +116,8 @@ class PagerKeeper:
         if time.monotonic() - self._born > _STEADY:
             self._deaths = 0
         self._deaths += 1
-        if self._deaths > _MOST_DEATHS:
-            raise UserError(f"the pager ended {_MOST_DEATHS} times in a row")
+        if self._deaths > self._most_deaths:
+            raise UserError(f"the pager ended {self._most_deaths} times in a row")
         wait = 0.0 if self._deaths == 1 else min(_BACK_OFF * 2 ** (self._deaths - 2), _BACK_OFF_MAX)
         self.due = time.monotonic() + wait
 

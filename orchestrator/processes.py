@@ -87,6 +87,7 @@ class Processes:
                 self._send_boot,
                 int(self.machine.memory),
                 eager=not self.resources.lazy,
+                restarts=self.machine.restarts,
             )
             self.pager.start()
         self.core = self._fork("core", "", self._mains["core"])

@@ -114,7 +114,7 @@ def test_one_that_never_lives_ends_the_vm_with_the_reason(
     host: VmHost, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impatient(monkeypatch, 3)
-    vm = host.start(machine(), template=template)
+    vm = host.start({**machine(), "restarts": 0}, template=template)
     killed = kill_pagers(vm, 4, random.Random(1))
     ended = vm.wait_end(passing={"sidecar-died"})
     assert killed == 4
