@@ -11,6 +11,7 @@ import functools
 import re
 import select
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 
@@ -181,8 +182,7 @@ class Stream(Part):
         reading = [self._listener] + ([self._peer] if self._peer else [])
         ready, room, _ = select.select(reading, [self._peer] if self._peer else [], [], 0.1)
         if self._listener in ready:
-            if self._peer is not None:
-                self._peer.close()
+            self._hang_up()
             self._peer = self._listener.accept()[0]
             self._peer.setblocking(False)
             self._peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
@@ -210,8 +210,14 @@ class Stream(Part):
             super().stop()
         finally:
             self._listener.close()
-            if self._peer is not None:
-                self._peer.close()
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        """By a reset. An orderly end would wait for a guest that is gone, and then answer what was the same guest some
+        time before, which would not hear that its connection is no more."""
+        if self._peer is not None:
+            self._peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._peer.close()
 
 
 def stream_bytes(position: int, size: int, key: int) -> bytes:
