@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <linux/landlock.h>
+#include <malloc.h>
 #include <sched.h>
 #include <stdio.h>
 #include <string.h>
@@ -157,11 +158,22 @@ static int limit(int resource, rlim_t most)
 	return setrlimit(resource, &now);
 }
 
+/* One heap for all threads. Before it shrinks the heap that it makes for a thread, the GNU C library looks into
+ * /proc/sys/vm/overcommit_memory (malloc/arena.c, check_may_shrink_heap), which would be a violation; and what a process
+ * does on its hot paths allocates nothing. */
+static void one_heap(void)
+{
+#ifdef __GLIBC__
+	mallopt(M_ARENA_MAX, 1);
+#endif
+}
+
 int mc_sandbox_enter(const struct mc_sandbox_limits *limits, unsigned *had, const char **step)
 {
 	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
 	struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {{0}};
 
+	one_heap();
 	/* A sanitizer's report opens /proc/self/maps. */
 	*had = mc_sandbox_sanitized() ? 0 : enter_namespaces();
 	*step = "no_new_privs";
