@@ -246,14 +246,14 @@ def warm(template: Template) -> Way:
     template.learn()
 
     def to_paused() -> float:
-        template.wait_for_pool(1)
+        template.wait_for_pool(zygoteclient.POOL)  # none is being prepared meanwhile, as no QEMU is
         started = time.monotonic()
         with ended(template.request(paused=True)) as clone:
             clone.hear("running")
             return time.monotonic() - started
 
     def to_answer() -> tuple[float, float]:
-        template.wait_for_pool(1)
+        template.wait_for_pool(zygoteclient.POOL)  # none is being prepared meanwhile, as no QEMU is
         started = time.monotonic()
         with ended(template.request()) as clone:
             clone.hear("started")

@@ -13,7 +13,7 @@ from motorcade.core._native import ffi, lib
 from motorcade.core.kvm import Kvm, Vm
 from motorcade.proto.framing import ControlServer
 from motorcade.proto.memory import Region
-from motorcade.sidecars import ground
+from motorcade.sidecars import ground, sandbox
 from motorcade.sidecars.ground import Ground
 
 
@@ -33,5 +33,6 @@ def make(fds: Mapping[str, int], regions: Sequence[Region], *, lazy: bool) -> Bl
     ``lazy``: the memory fills itself. Errors: KvmError; as ground.make.
     """
     # Memory that fills itself is registered before anything, KVM included, can touch it.
+    sandbox.load("core")
     made = ground.make(ffi, lib, "core", fds, regions, lazy=lazy)
     return Blank(made, Vm(Kvm(fds["kvm"]), made.memory), ControlServer())

@@ -228,8 +228,10 @@ def _set_up(kind: str, main: Main, fds: dict[str, int], *, lazy: bool) -> Main:
         from motorcade.orchestrator.resources import open_kvm
 
         return functools.partial(core_main.run, blank=blank.make({**fds, "kvm": open_kvm(1)}, regions, lazy=lazy))
-    if kind == "pager":
-        return main  # it has no mapping of guest memory
+    if kind == "pager":  # it has no mapping of guest memory
+        from motorcade.sidecars.pager import main as pager
+
+        return functools.partial(pager.main, client=pager.prepare())
     from motorcade.sidecars import runtime
 
     device = _device_class(kind)
@@ -333,7 +335,7 @@ def load_main(kind: str) -> Main:
     from motorcade.sidecars import runtime
 
     device = _device_class(kind)
-    sandbox.load(device.sandbox_role, device.system_calls, device.late_imports)
+    sandbox.load(device.sandbox_role, tuple(device.system_calls), tuple(device.late_imports))
     return functools.partial(runtime.run, device)
 
 

@@ -49,8 +49,8 @@ def make(
     the process may), and gives up all privileges. Call it while the process has one thread: each other would keep
     them.
 
-    ``ffi`` and ``lib`` are the caller's C extension, ``role`` is one of sandbox/roles.py; ``fds`` stay the caller's.
-    Errors: OSError, LazyMemoryError.
+    ``ffi`` and ``lib`` are the caller's C extension, ``role`` is one of sandbox/roles.py, and loaded; ``fds`` stay the
+    caller's. Errors: OSError, LazyMemoryError.
     """
     from motorcade.proto.memory import GuestMemory
     from motorcade.proto.messages import LazyReady, Ready

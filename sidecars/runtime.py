@@ -54,7 +54,7 @@ def prepare(device_class: type[Device], fds: Mapping[str, int], regions: Sequenc
     and, perhaps, ``userfaultfd``. Errors: as ground.make."""
     from motorcade.proto.framing import ControlClient
 
-    sandbox.load(device_class.sandbox_role, device_class.system_calls, device_class.late_imports)
+    sandbox.load(device_class.sandbox_role, tuple(device_class.system_calls), tuple(device_class.late_imports))
     made = ground.make(device_class.ffi, device_class.lib, device_class.sandbox_role, fds, regions, lazy=lazy)
     return Ahead(made, ControlClient())
 
@@ -79,15 +79,13 @@ def run(device_class: type[Device], boot_socket: socket.socket, ahead: Ahead | N
         if not device_class.keeps_memory:
             os.close(fds.pop("memory"))
         device = device_class(boot, fds, ahead.ground.memory)
-        if boot.standby:
-            # The core expects one process a device, so that the connection is made when it expects this one.
-            boot_proto.send_life(boot_socket, ahead.ground.ready, ahead.ground.descriptors)
-            if not await_turn(boot_socket):
-                return 0
+        # Now, so that the core goes on meanwhile: it waits for the hello, which comes from inside the sandbox.
+        boot_proto.send_life(boot_socket, ahead.ground.ready, ahead.ground.descriptors)
+        # The core expects one process a device, so that the connection is made when it expects this one.
+        if boot.standby and not await_turn(boot_socket):
+            return 0
         reach(ahead.client, boot, fds)
         device.close_sandbox(boot_socket.fileno())
-        if not boot.standby:
-            boot_proto.send_life(boot_socket, ahead.ground.ready, ahead.ground.descriptors)
         return Sidecar(device, boot_socket, ahead.client).loop()
     except Exception as e:
         log.exception("the sidecar ends")

@@ -50,6 +50,7 @@ POINTS = {
     "motorcade.core.snapshot.components:Restored.restore_device": "set transport",
     "motorcade.core.machine:Machine.announce": "announce",
     "motorcade.sidecars.sandbox:enter": "sandbox",
+    "motorcade.sidecars.sandbox:close": "close the sandbox",
     "motorcade.sidecars.runtime:open_log": "log",
     "motorcade.sidecars.runtime:prepare": "memory, sandbox, sockets",
     "motorcade.sidecars.blk.device:BlkDevice.__init__": "device",

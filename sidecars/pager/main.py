@@ -29,25 +29,33 @@ from motorcade.sidecars.pager.pager import Damage, Notice, Pager
 log = logging.getLogger("motorcade.pager")
 
 
-def main(boot_socket: socket.socket) -> int:
-    """The story of the process, which owns ``boot_socket`` and has no other thread yet. Returns its exit status:
-    0 after an orderly end, 1 after a failure, which is in the log and, for the supervisor, in a Life message."""
+def prepare() -> ControlClient:
+    """What the pager has before its Boot, for ``main``; the process has one thread, and drops its privileges."""
+    sandbox.load("pager")
+    sandbox.enter(ffi, lib, "pager")
+    return ControlClient()
+
+
+def main(boot_socket: socket.socket, client: ControlClient | None = None) -> int:
+    """The story of the process, which owns ``boot_socket`` and has no other thread yet, but ZeroMQ's where it has been
+    prepared. Returns its exit status: 0 after an orderly end, 1 after a failure, which is in the log and, for the
+    supervisor, in a Life message."""
     try:
         boot, fds = bootlink.recv_boot(boot_socket)
         runtime.open_log(fds.get("log"), boot)
         negotiate(boot.protocol_version)
         pager, eager = open_pager(boot, fds)
-        sandbox.enter(ffi, lib, "pager")
+        client = client or prepare()
+        if eager:
+            pager.copy_all()
+        # Now, so that the core goes on meanwhile: it waits for the hello, which comes from inside the sandbox.
+        bootlink.send_life(boot_socket, m.Ready())
         control = None
         # Without a socket: a replacement, which the core does not wait for and could not tell from an impostor.
         if boot.control_socket:
-            client = ControlClient()
             runtime.reach(client, boot, fds)
             control = Control(boot, pager, client)
         sandbox.close(ffi, lib, "pager", "pager", boot_socket.fileno())
-        if eager:
-            pager.copy_all()
-        bootlink.send_life(boot_socket, m.Ready())
         return Process(boot_socket, pager, control, eager=eager).loop()
     except Exception as e:
         log.exception("the pager ends")

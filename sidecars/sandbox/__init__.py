@@ -44,10 +44,9 @@ _kept: list[Any] = []  # what C has pointers to
 def enter(ffi: Any, lib: Any, role: str) -> int:
     """Namespaces, Landlock, limits, no_new_privs, no capabilities, through a kind's C extension (sandbox.h).
 
-    Call it while the process has one thread. ``role`` as in roles.py. Returns the MC_SANDBOX_* that were had; what the
-    kernel does not permit to this user is left out. Raises OSError that names the step.
+    Call it while the process has one thread, and ``load`` before. ``role`` as in roles.py. Returns the MC_SANDBOX_*
+    that were had; what the kernel does not permit to this user is left out. Raises OSError that names the step.
     """
-    load(role)
     limits = ffi.new("struct mc_sandbox_limits *", (_FILES.get(role, 512), _THREADS.get(role, 64), role == "net"))
     had, step = ffi.new("unsigned *"), ffi.new("char const **")
     if errno := lib.mc_sandbox_enter(limits, had, step):
@@ -83,9 +82,10 @@ def close(ffi: Any, lib: Any, role: str, name: str, link_fd: int = -1, more: Seq
         raise OSError(errno, f"sandbox: {ffi.string(step[0]).decode()}: {os.strerror(errno)}")
 
 
-def load(role: str, more: Sequence[Call] = (), modules: Sequence[str] = ()) -> None:
-    """What a role needs when there are no files any more, for this process and its children: filters, and modules that
-    are imported late."""
+@functools.cache
+def load(role: str, more: tuple[Call, ...] = (), modules: tuple[str, ...] = ()) -> None:
+    """What a role needs when there are no files any more, for this process and its children, who have to do nothing
+    then: filters, and modules that are imported late."""
     from motorcade.sidecars.sandbox import filters
 
     for name in (*_LATE, *modules):
