@@ -193,6 +193,7 @@ static int load(struct mc_serial *s, const struct mc_serial_state *st)
 	if (!s->scroll.end) {	/* else its readers have seen what it printed */
 		mc_scroll_load(&s->scroll, st->history, st->history_len, &s->file.pos);
 		s->sinks[0].pos = s->keep->backend_pos = s->keep->loaded = s->scroll.end;
+		mc_uart_rebase(s);
 		mc_file_keep(s);
 	}
 	return 0;
@@ -210,6 +211,9 @@ static void do_command(struct mc_serial *s)
 		mc_console_detach(s);
 		break;
 	case CMD_EMERGENCY:
+		/* It is no byte of the chain in hand, whose beginning moves on. Killed in between, one of that comes again. */
+		s->keep->chain_at++;
+		mc_in_order();
 		mc_scroll_append(&s->scroll, &s->cmd_byte, 1);
 		break;
 	case CMD_QUIESCE:

@@ -77,8 +77,8 @@ struct mc_stage {
 
 /*
  * What a console keeps: the scrollback, which is everything that the guest was told is printed, and how far its one
- * lasting reader, the backend, is. Positions are written after what they speak of was done, so that a reader may be given
- * some bytes twice and never lacks one; a file's own size says how far its writer really was.
+ * lasting reader, the backend, is. Positions are written after what they speak of was done, so that the backend may be
+ * given some bytes twice and never lacks one; a file's own size says how far its writer really was.
  */
 struct mc_serial_keep {
 	uint64_t cap;			/* of the scrollback behind this; 0: nobody was here yet */
@@ -87,7 +87,10 @@ struct mc_serial_keep {
 	/* How far the file's writer was, and how large a regular file was then (-1: unknown): the present one of two. */
 	struct { uint64_t pos; int64_t size; } file[2];
 	uint32_t file_now;
-	uint64_t chain, chain_taken;	/* of the chain with this counter (inflight.h), so many bytes are in the scrollback */
+	/* Two places that `end` alone moves on from, so that no byte of the guest's is taken twice: where the chain with this
+	 * counter (inflight.h) began, and the distance of the 16550's position in its ring (modulo 2^32), where it is known. */
+	uint64_t chain, chain_at;
+	uint32_t uart_base, uart_based;
 	struct mc_stage stage;
 };
 #define MC_SERIAL_KEEP 16384		/* where the scrollback begins */
@@ -292,6 +295,7 @@ int mc_file_stop(struct mc_serial *s);
 int mc_uart_init(struct mc_serial *s);
 void mc_uart_deinit(struct mc_serial *s);
 void mc_uart_resumed(struct mc_serial *s);
+void mc_uart_rebase(struct mc_serial *s);	/* the scrollback has got bytes that are not from the ring */
 extern const struct mc_front mc_uart_front;
 extern const struct mc_front mc_console_front;
 void mc_console_attach(struct mc_serial *s, const struct mc_vq *rx, const struct mc_vq *tx);

@@ -152,6 +152,28 @@ const struct mc_front mc_uart_front = {
 	.output = output, .input = input, .may_sleep = may_sleep, .settle = settle, .pending = pending, .forget = forget,
 };
 
+/* The scrollback's end and the position in the ring move on together. */
+void mc_uart_rebase(struct mc_serial *s)
+{
+	if (!s->uart.ring)
+		return;
+	s->keep->uart_base = (uint32_t)s->scroll.end - s->uart.tx_tail;
+	mc_in_order();
+	s->keep->uart_based = 1;
+}
+
+/* What a predecessor has taken, and was killed before it could say so in the ring. */
+static void catch_up(struct mc_serial *s, uint32_t head)
+{
+	uint32_t ahead = (uint32_t)s->scroll.end - s->keep->uart_base - s->uart.tx_tail;
+
+	if (s->keep->uart_based && ahead <= head - s->uart.tx_tail) {
+		s->uart.tx_tail += ahead;
+		/* Release: its reads of the bytes were done before it died. */
+		__atomic_store_n(&s->uart.ring->tx.tail, s->uart.tx_tail, __ATOMIC_RELEASE);
+	}
+}
+
 int mc_uart_init(struct mc_serial *s)
 {
 	struct mc_uart *u = &s->uart;
@@ -176,6 +198,8 @@ int mc_uart_init(struct mc_serial *s)
 	uint32_t head = __atomic_load_n(&u->ring->tx.head, __ATOMIC_RELAXED);
 	if (head - u->tx_tail > MC_UART_TX_SIZE)
 		u->tx_tail = head;
+	catch_up(s, head);
+	mc_uart_rebase(s);
 	u->rx_head = __atomic_load_n(&u->ring->rx.head, __ATOMIC_RELAXED);
 	if (mc_epoll_set(s->ep, EPOLL_CTL_ADD, u->tx_fd, EPOLLIN, MC_TAG_GUEST))
 		return errno;

@@ -29,8 +29,6 @@ static bool take_chain(struct mc_serial *s, uint64_t *budget)
 			n = *budget;
 		/* The bytes may change under the copy, which is the guest's own loss. */
 		mc_scroll_append(&s->scroll, (const uint8_t *)v->iov_base + c->chain_off, n);
-		s->keep->chain_taken += n;
-		mc_in_order();
 		c->tx.stats->bytes_in += n;
 		*budget -= n;
 		c->chain_off += n;
@@ -55,14 +53,16 @@ static void begin_chain(struct mc_serial *s)
 	if (r) {
 		uint64_t counter = r->desc[c->chain.head].counter + 1;	/* 0 is nobody's */
 
-		if (s->keep->chain == counter)
-			skip = s->keep->chain_taken;
-		/* In this order: killed in between, none of it is skipped, and none of it was taken. */
-		s->keep->chain = 0;
-		mc_in_order();
-		s->keep->chain_taken = skip;
-		mc_in_order();
-		s->keep->chain = counter;
+		if (s->keep->chain == counter && s->keep->chain_at <= s->scroll.end) {
+			skip = s->scroll.end - s->keep->chain_at;
+		} else {
+			/* In this order: killed in between, none of it is skipped, and none of it was taken. */
+			s->keep->chain = 0;
+			mc_in_order();
+			s->keep->chain_at = s->scroll.end;
+			mc_in_order();
+			s->keep->chain = counter;
+		}
 	}
 	while (c->chain_i < c->chain.n_out && skip >= c->chain.iov[c->chain_i].iov_len)
 		skip -= c->chain.iov[c->chain_i++].iov_len;

@@ -78,10 +78,11 @@ static void recover(struct mc_vq *vq)
 	for (uint16_t i = 0; i < vq->size; i++) {
 		struct mc_inflight_desc *d = &r->desc[i];
 
-		if (d->inflight == MC_HEAD_FREE)
-			continue;
+		/* Free ones count: a number that comes again would be taken for the chain that a console was in. */
 		if (d->counter >= vq->counter)
 			vq->counter = d->counter + 1;
+		if (d->inflight == MC_HEAD_FREE)
+			continue;
 		if (d->inflight == MC_HEAD_DONE && !vq->retake_done)
 			insert(r, done, n_done++, i);
 		else

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from harness.linuxload import working
+from harness.linuxload import pad, working
 from harness.linuxworker import Worker, complaints
 from harness.vm import VmHost
 from motorcade.orchestrator.qmpclient import QmpClient
@@ -27,7 +27,7 @@ KILLS = int(os.environ.get("MOTORCADE_CHAOS_KILLS", "12"))
 
 @pytest.mark.timeout(1200)
 def test_kills_under_load(host: VmHost, linux: Machine, tap: tuple[str, str, str], tmp_path: Path) -> None:
-    """Disk, NIC and the console on which lines come and go, each byte of which is checked at both ends."""
+    """Disk, NIC and a console that writes to a file; each byte is checked at both ends."""
     name, here, there = tap
     with open(tmp_path / "data.img", "wb") as image:
         image.truncate(8 << 20)
@@ -38,17 +38,22 @@ def test_kills_under_load(host: VmHost, linux: Machine, tap: tuple[str, str, str
         restarts=1_000_000,
         disks=[{"id": "data", "path": "data.img", "overlay": True}],
         nets=[{"id": "lan", "tap": name}],
-        consoles=[{"id": "hvc0", "type": "virtio"}, {"id": "hvc1", "type": "virtio"}],
+        consoles=[
+            {"id": "hvc0", "type": "virtio"},
+            {"id": "hvc1", "type": "virtio"},
+            {"id": "hvc2", "type": "virtio", "backend": {"file": str(tmp_path / "lines")}},
+        ],
     )
     rng = random.Random(4)
     vm = host.start(machine)
     worker = Worker(vm, here)
     worker.start_work(there, here)
+    worker.agent.check("stty -F /dev/hvc2 raw -echo; load tty 10 < /dev/hvc2 > /dev/hvc2 &")
     with working(worker.stream), vm.qmp() as qmp:
         worker.stream.wait_more()
         before = worker.done()
         for _ in range(KILLS):
-            device = rng.choice(["data", "data", "lan"])
+            device = rng.choice(["data", "data", "lan", "hvc2"])
             pid = next(s["pid"] for s in qmp.execute("x-motorcade-sidecars") if s["id"] == device)
             os.kill(pid, signal.SIGKILL)
             wait_served(qmp, device)
@@ -61,6 +66,10 @@ def test_kills_under_load(host: VmHost, linux: Machine, tap: tuple[str, str, str
         assert all(again == 0 for _, again in done.values()), done
         assert complaints(worker.agent) == []
     vm.close()
+    lines = (tmp_path / "lines").read_bytes().splitlines()
+    lines = lines[lines.index(b"L 1 " + pad(1)) : -1]  # before: the agent of that console; the last may be cut off
+    assert len(lines) > KILLS
+    assert lines == [b"L %d %s" % (n, pad(n)) for n in range(1, len(lines) + 1)]
 
 
 def wait_served(qmp: QmpClient, device: str) -> None:

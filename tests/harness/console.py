@@ -46,8 +46,8 @@ def read_until(fd: int, end: bytes, timeout: float = TIMEOUT) -> bytes:
 
 
 class SerialSidecar(Sidecar):
-    """The sidecar with a console socket. ``backend`` is an open CharBackend, owned by the caller. ``incoming`` and
-    ``predecessor`` as for Sidecar; a ring is never a predecessor's."""
+    """The sidecar with a console socket. ``backend`` is an open CharBackend, owned by the caller. ``incoming``,
+    ``predecessor`` and ``takes_over`` as for Sidecar; a ring is never a predecessor's."""
 
     def __init__(
         self,
@@ -61,6 +61,7 @@ class SerialSidecar(Sidecar):
         wait: bool = True,
         incoming: bool = False,
         predecessor: Sidecar | None = None,
+        takes_over: bool = False,
     ) -> None:
         self.console_path = console
         self._console = charbackend.open_socket(console)
@@ -74,7 +75,15 @@ class SerialSidecar(Sidecar):
         try:
             queues = 0 if ring else 2
             super().__init__(
-                "serial", role, fds, queues=queues, cold=cold, wait=wait, incoming=incoming, predecessor=predecessor
+                "serial",
+                role,
+                fds,
+                queues=queues,
+                cold=cold,
+                wait=wait,
+                incoming=incoming,
+                predecessor=predecessor,
+                takes_over=takes_over,
             )
         except BaseException:
             self._console.close()
