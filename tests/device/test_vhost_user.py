@@ -127,8 +127,8 @@ def test_a_reset_starts_from_fresh_rings_again_and_again(storage: Storage, image
 
 
 def come_to_rest(sidecar: Sidecar) -> None:
-    """As the core has it do for a snapshot, again where the backend went away meanwhile: qemu-storage-daemon 7.2 may give
-    up a ring that is being stopped."""
+    """As the core has it do for a snapshot, again where the backend went away meanwhile: qemu-storage-daemon 7.2 may
+    give up a ring that is being stopped."""
     end = time.monotonic() + 20
     while (outcome := sidecar.request(m.Quiesce())) != m.Ok():
         assert "is away, with requests in hand" in str(outcome)
