@@ -7,6 +7,7 @@ class _Lib:
     MC_MSR_IA32_MISC_ENABLE: int
     MC_MSR_IA32_MTRR_DEF_TYPE: int
     MC_MSR_IA32_TSC_DEADLINE: int
+    MC_MSR_KVM_STEAL_TIME: int
     MC_APIC_LVT_LINT0: int
     MC_APIC_LVT_LINT1: int
     MC_APIC_TMICT: int

@@ -54,13 +54,15 @@ class Clock:
             # A guest with kvmclock is told of the change and does not mind; one that trusts the counter alone does.
             log.warning("the guest's time stamp counter ran at %d kHz, here it runs at %d: %s", khz, here, e)
 
-    def start(self) -> None:
-        """Has time go on, by as much as has passed on the wall since the save. Before the vCPUs run."""
+    def start(self) -> int:
+        """Has time go on, by as much as has passed on the wall since the save: that many nanoseconds. Before the vCPUs
+        run."""
         if self._stopped is None:
-            return
+            return 0
         kvmclock, realtime, _ = _STATE.unpack(self._stopped)
         self._stopped = None
-        elapsed = max(0, self._now_ns() - realtime)  # this host's clock may be behind that of the other
+        elapsed: int = max(0, self._now_ns() - realtime)  # this host's clock may be behind that of the other
         for vcpu in self._vcpus:
             vcpu.start_time(elapsed, vcpu.tsc_khz)
         self._vm.set_clock((kvmclock + elapsed) & (1 << 64) - 1)
+        return elapsed

@@ -158,7 +158,7 @@ class Vm:
     def __init__(self, kvm: Kvm, memory: GuestMemory, *, pit: bool = False) -> None:
         """Creates it. ``pit``: with an i8254, for guests that know neither kvmclock nor the TSC deadline timer."""
         self.kvm = kvm
-        self._memory = memory
+        self.memory = memory
         self.fd = call("KVM_CREATE_VM", kvm.fd, lib.KVM_CREATE_VM)
         self._pit = pit
         self._isrs: dict[int, InterruptStatus] = {}  # by slot
@@ -172,8 +172,8 @@ class Vm:
 
     def _set_up(self) -> None:
         slots = self.kvm.extension(lib.KVM_CAP_NR_MEMSLOTS)
-        if len(self._memory.regions) > slots:
-            raise KvmError(f"{len(self._memory.regions)} RAM regions, but KVM has {slots} memory slots")
+        if len(self.memory.regions) > slots:
+            raise KvmError(f"{len(self.memory.regions)} RAM regions, but KVM has {slots} memory slots")
         call("KVM_SET_IDENTITY_MAP_ADDR", self.fd, lib.KVM_SET_IDENTITY_MAP_ADDR, ffi.new("uint64_t *", _IDENTITY_MAP))
         call("KVM_SET_TSS_ADDR", self.fd, lib.KVM_SET_TSS_ADDR, _TSS)
         # Before the irqchip: a new slot waits for all SRCU callbacks, and the irqchip's I/O ports queue some; 7 ms
@@ -188,8 +188,8 @@ class Vm:
         self._power_on = self.save()
 
     def _set_memory(self, flags: int) -> None:
-        for slot, region in enumerate(self._memory.regions):
-            address = self._memory.host_address(slot)
+        for slot, region in enumerate(self.memory.regions):
+            address = self.memory.host_address(slot)
             area = ffi.new("struct kvm_userspace_memory_region *", (slot, flags, region.gpa, region.size, address))
             call(f"RAM at {region.gpa:#x}", self.fd, lib.KVM_SET_USER_MEMORY_REGION, area)
 
@@ -251,9 +251,9 @@ class Vm:
 
     def start_dirty_log(self) -> None:
         """From now on KVM notes each page that the guest, or KVM for it, writes. The vCPUs may run."""
-        if any(r.offset % (64 * PAGE) for r in self._memory.regions):
+        if any(r.offset % (64 * PAGE) for r in self.memory.regions):
             raise ValueError("a RAM region does not begin at a whole word of the dirty bitmap")
-        self._dirty_bits = [ffi.new("uint64_t[]", words(r.size)) for r in self._memory.regions]
+        self._dirty_bits = [ffi.new("uint64_t[]", words(r.size)) for r in self.memory.regions]
         self._set_memory(lib.KVM_MEM_LOG_DIRTY_PAGES)
 
     def stop_dirty_log(self) -> None:
@@ -268,7 +268,7 @@ class Vm:
         """
         if not self._dirty_bits:
             raise RuntimeError("the dirty log is not on")
-        for slot, (region, bits) in enumerate(zip(self._memory.regions, self._dirty_bits, strict=True)):
+        for slot, (region, bits) in enumerate(zip(self.memory.regions, self._dirty_bits, strict=True)):
             log = ffi.new("struct kvm_dirty_log *", {"slot": slot, "dirty_bitmap": bits})
             call(f"KVM_GET_DIRTY_LOG of slot {slot}", self.fd, lib.KVM_GET_DIRTY_LOG, log)
             dirty.merge(region.offset // PAGE, bits)

@@ -326,26 +326,29 @@ class Machine:
 
     def _go(self) -> None:
         """Lets the vCPUs run, unless the guest itself wants them to stop."""
-        self._wake()
+        lost_ns = self._wake()
         if not self._leaving:
-            self._platform.vcpus.resume()
+            self._platform.vcpus.resume(lost_ns)
 
-    def _wake(self) -> None:
-        """Ends a rest, if there is one."""
+    def _wake(self) -> int | None:
+        """Ends a rest, if there is one. For how long a restored machine did not run, in nanoseconds."""
+        lost_ns = None
         if self._dormant:
-            self._first_run()
+            lost_ns = self._first_run()
         elif self._resting:
             self._platform.wake()
         self._resting = False
+        return lost_ns
 
-    def _first_run(self) -> None:
-        """A restored machine is set going: its clocks, its identity, its sidecars."""
+    def _first_run(self) -> int:
+        """A restored machine is set going: its clocks, which are ahead by the result, its identity, its sidecars."""
         self._dormant = False
-        self._platform.clock.start()
+        lost_ns = self._platform.clock.start()
         if self._role.generation_id:
             self._platform.write_generation_id(self._role.generation_id)
             self._platform.pm.generation_changed()
         self._platform.wake()
+        return lost_ns
 
     def _reset(self, reason: str, *, guest: bool) -> None:
         self._park()

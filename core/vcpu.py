@@ -41,6 +41,7 @@ _SYSTEM_EVENTS = {
 }
 
 
+_NOTICED = 10_000_000  # nanoseconds: a guest's scheduler evens out less than that by itself
 _RESET_RIP = 0xFFF0
 # AMD leaves the guest's state undefined at a shutdown (APM volume 2, 15.14.3), and KVM replaces it by INIT's.
 _AMD_SHUTDOWN = " (this processor lost its registers at that; below are those of an INIT)"
@@ -80,6 +81,7 @@ class Vcpus:
         self._on_stop, self._on_parked = on_stop, on_parked
         self._changed = threading.Condition()
         self._paused = True  # guarded by _changed, as all below
+        self._since = 0  # monotonic nanoseconds: when it was; 0: the guest has not run yet
         self._ending = False
         self._failed = False
         self._parked: set[int] = set()
@@ -143,11 +145,19 @@ class Vcpus:
         self.request_pause()
         self.wait_parked(timeout)
 
-    def resume(self) -> None:
-        """Lets the vCPUs go on. RuntimeError after a stop by the guest or an error, until ``reset``."""
+    def resume(self, lost_ns: int | None = None) -> None:
+        """Lets the vCPUs go on. RuntimeError after a stop by the guest or an error, until ``reset``.
+
+        ``lost_ns``: for how long the guest's clocks went on without it; left out: since it was paused.
+        """
         with self._changed:
             if self._failed:
                 raise RuntimeError("the vCPUs were stopped by an error; only a reset gets them going")
+            if lost_ns is None and self._paused and self._since:
+                lost_ns = time.monotonic_ns() - self._since
+            if lost_ns is not None and lost_ns >= _NOTICED and self._all_parked():
+                for vcpu in self.vcpus:
+                    vcpu.lose_time(lost_ns)
             self._paused = False
             for vcpu in self.vcpus:
                 lib.mc_vcpu_clear_kick(vcpu.native)
@@ -194,6 +204,8 @@ class Vcpus:
             self._request_pause()
 
     def _request_pause(self) -> None:
+        if not self._paused:
+            self._since = time.monotonic_ns()
         self._paused = True
         for vcpu in self.vcpus:
             if vcpu.index not in self._parked:

@@ -237,6 +237,22 @@ class Vcpu:
         if stopped.deadline:
             self.set_msrs({lib.MC_MSR_IA32_TSC_DEADLINE: stopped.deadline})
 
+    def lose_time(self, ns: int) -> None:
+        """Tells a guest that asked for it that this vCPU has not run for ``ns``, during which its clocks went on. Else
+        its scheduler takes that for the work of the task that was running, with which the others then catch up.
+
+        Parked. KVM adds to the same counter (kernel, Documentation/virt/kvm/x86/msr.rst: MSR_KVM_STEAL_TIME).
+        """
+        value = self.get_msrs([lib.MC_MSR_KVM_STEAL_TIME]).get(lib.MC_MSR_KVM_STEAL_TIME, 0)
+        if not value & 1:
+            return
+        try:
+            counter = self._vm.memory.view(value & ~0x3F, 8)  # struct kvm_steal_time begins with it
+        except ValueError:
+            return  # no RAM: KVM leaves it alone, too
+        stolen = int.from_bytes(counter, "little") + ns
+        counter[:] = (stolen & (1 << 64) - 1).to_bytes(8, "little")
+
     def scale_tsc(self, khz: int) -> None:
         """Has the time stamp counter run at ``khz``; KvmError where this host cannot do that."""
         self._call("KVM_SET_TSC_KHZ", lib.KVM_SET_TSC_KHZ, khz)

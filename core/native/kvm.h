@@ -26,6 +26,7 @@ enum {
 	MC_MSR_IA32_MISC_ENABLE = 0x1a0,
 	MC_MSR_IA32_MTRR_DEF_TYPE = 0x2ff,
 	MC_MSR_IA32_TSC_DEADLINE = 0x6e0,
+	MC_MSR_KVM_STEAL_TIME = 0x4b564d03,	/* Documentation/virt/kvm/x86/msr.rst */
 };
 
 /* Local APIC registers by their offset in its page; Intel SDM volume 3, table 11-1. */

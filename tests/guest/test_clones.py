@@ -141,8 +141,11 @@ def aged(template: Path, folder: Path, seconds: int) -> Path:
 
 
 def test_a_clone_of_an_old_template_knows_what_time_it_is(source: dict[str, Any], tmp_path: Path, host: VmHost) -> None:
-    """And its watchdogs do not take the day that it slept for one in which it hung."""
-    template, _ = freeze(source, tmp_path, host, f"date -s @$(($(date +%s) - {DAY}))")
+    """And its watchdogs do not take the day that it slept for one in which it hung, nor its scheduler for the work of
+    the task that ran when it fell asleep, which the others would have to catch up with."""
+    spin = "(i=0; while :; do i=$((i+1)); echo $i > /run/spin{}; done) &"
+    earlier = f"date -s @$(($(date +%s) - {DAY})); {spin.format(0)} {spin.format(1)} sleep 1"
+    template, _ = freeze(source, tmp_path, host, earlier)
     vm = host.start(source, template=aged(template, tmp_path, DAY))
     agent = vm.console()
     for _ in range(3):
@@ -150,6 +153,10 @@ def test_a_clone_of_an_old_template_knows_what_time_it_is(source: dict[str, Any]
         now = int(agent.check("date +%s"))
         # Two whole seconds were rounded down, here and where the day was taken off.
         assert before - 3 < now < time.time() + 2
+    for n in range(2):
+        was = agent.check(f"cat /run/spin{n}")
+        agent.check(f"until [ \"$(cat /run/spin{n})\" -gt {int(was or 0) + 10} ]; do :; done 2>&-")
+    assert int(agent.check("head -1 /proc/stat").split()[8]) > 0.9 * DAY * 100, "steal, in hundredths of seconds"
     agent.check("sleep 5")  # the watchdogs look every four seconds
     assert COMPLAINTS.findall(agent.check("dmesg")) == []
     agent.send("poweroff -f")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from harness.microvm import MicroVm, wait_until
+from motorcade.core._native import lib
 from motorcade.core.layout import VIRTIO_MMIO_BASE
 from motorcade.core.vcpu import StopReason
 
@@ -16,6 +18,7 @@ pytestmark = pytest.mark.kvm
 
 Make = Callable[..., MicroVm]
 COUNTER = 0x100000  # guest physical: a word that the "count" guest increments
+STEAL = 0x180000  # struct kvm_steal_time
 
 
 def counter(vm: MicroVm) -> int:
@@ -66,6 +69,39 @@ def test_threads_have_names_and_known_ids(micro_vm: Make) -> None:
     vm.start()
     names = [Path(f"/proc/self/task/{tid}/comm").read_text().strip() for tid in vm.vcpus.tids]
     assert names == ["vcpu0", "vcpu1"]
+
+
+def test_time_in_which_the_guest_did_not_run_is_stolen(micro_vm: Make) -> None:
+    """For a guest that asked KVM to be told, by MSR_KVM_STEAL_TIME."""
+    vm = micro_vm(f"count={COUNTER}")
+    vm.start()
+    wait_counting(vm, 0)
+    vm.vcpus.pause()
+    (vcpu,) = vm.vcpus.vcpus
+    msr = lib.MC_MSR_KVM_STEAL_TIME
+    if msr not in vcpu.get_msrs([msr]):
+        pytest.skip("this KVM does not tell guests of stolen time")
+
+    def stolen() -> int:
+        return int.from_bytes(vm.memory.read(STEAL, 8), "little")
+
+    def run(lost_ns: int | None) -> int:
+        """How much more is stolen then."""
+        before = stolen()
+        vm.vcpus.resume(lost_ns)
+        wait_counting(vm, counter(vm))
+        vm.vcpus.pause()
+        return stolen() - before
+
+    second = 1_000_000_000
+    assert run(3600 * second) == 0, "it has not asked"
+    vcpu.set_msrs({msr: STEAL | 1})
+    assert 3600 * second <= run(3600 * second) < 3660 * second
+    time.sleep(0.02)  # what is measured
+    assert 20_000_000 <= run(None) < 60 * second
+    vcpu.set_msrs({msr: 0xFFFF_FFFF_FFC0 | 1})
+    vm.vcpus.resume(3600 * second)  # no RAM: nothing happens
+    wait_counting(vm, counter(vm))
 
 
 def test_pause_stops_a_running_guest_and_resume_goes_on(micro_vm: Make) -> None:
