@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from harness.pager import Frozen, PagerProcess
-from harness.prisoners import ATTEMPTS, HARMLESS
+from harness.prisoners import ATTEMPTS, EVERYWHERE, HARMLESS
 from harness.sidecar import Sidecar, SidecarGone
 from harness.toucher import Toucher
 from motorcade.orchestrator.charbackend import open_socket
@@ -83,12 +83,19 @@ def test_an_attempt_ends_the_process_and_is_named(short: Path, what: str) -> Non
         assert re.fullmatch(r"20\d\d-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\d\.\d{3}Z", last["ts"])
 
 
+@pytest.mark.parametrize("what", EVERYWHERE)
+@pytest.mark.parametrize("kind", ["Blk", "Net", "Serial"])
+def test_no_kind_may(short: Path, kind: str, what: str) -> None:
+    with prisoner(kind, short, "main", what) as sidecar:
+        fails(sidecar, "main")
+        assert sidecar.stopped == f"seccomp: {ATTEMPTS[what][0]}"
+
+
 # Not the console's data thread: it runs before there is anybody to be told.
-@pytest.mark.parametrize("thread", ["main", "data"])
 @pytest.mark.parametrize("kind", ["Blk", "Net", "Rng"])
-def test_no_kind_and_no_thread_opens_a_file(short: Path, kind: str, thread: str) -> None:
-    with prisoner(kind, short, thread, "a file") as sidecar:
-        fails(sidecar, thread)
+def test_nor_may_its_data_thread(short: Path, kind: str) -> None:
+    with prisoner(kind, short, "data", "a file") as sidecar:
+        fails(sidecar, "data")
         assert sidecar.stopped == "seccomp: openat"
 
 
@@ -130,9 +137,9 @@ def test_every_line_of_the_lists_has_a_reason_and_no_list_names_a_way_out() -> N
         assert all(call.why for call in calls)
 
 
-@pytest.mark.parametrize("thread", ["main", "control"])
-def test_nor_does_the_pager(monkeypatch: pytest.MonkeyPatch, thread: str) -> None:
-    monkeypatch.setenv("MOTORCADE_TEST_ATTEMPT", thread)
+@pytest.mark.parametrize(("thread", "what"), [*(("main", what) for what in EVERYWHERE), ("control", "a file")])
+def test_nor_may_the_pager(monkeypatch: pytest.MonkeyPatch, thread: str, what: str) -> None:
+    monkeypatch.setenv("MOTORCADE_TEST_ATTEMPT", f"{thread} {what}")
     with Frozen([1, 0, 1]) as frozen:
         memory = frozen.new_memory()
         with Toucher(memory, frozen.size) as core, PagerProcess(frozen, memory, module="harness.prisonpager") as pager:
@@ -143,7 +150,7 @@ def test_nor_does_the_pager(monkeypatch: pytest.MonkeyPatch, thread: str) -> Non
             else:
                 pager.serve("core", core)
             assert pager.process.wait(30) == STATUS
-            assert "seccomp: openat(0x" in pager.log_path.read_text()
+            assert f"seccomp: {ATTEMPTS[what][0]}(0x" in pager.log_path.read_text()
 
 
 def _second_line(uid: int) -> str:

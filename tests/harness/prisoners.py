@@ -85,6 +85,10 @@ def _in_a_thread(work: Callable[[], object]) -> None:
     thread.join()
 
 
+# Of these, what is tried in every kind of process.
+EVERYWHERE = ("a file", "/dev/kvm", "an internet socket", "another process's memory", "exec", "fork")
+
+
 # What is done by libraries without anybody's asking for it, and must be no violation.
 HARMLESS: dict[str, Callable[[], object]] = {
     "memory": _memory_of_a_thread,

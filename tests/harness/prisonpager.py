@@ -1,5 +1,5 @@
-"""``python -m harness.prisonpager --boot-fd N``: a pager that tries to open a file, on the thread that
-MOTORCADE_TEST_ATTEMPT names, when it is asked for its counters or told what to serve."""
+"""``python -m harness.prisonpager --boot-fd N``: a pager that makes the attempt which MOTORCADE_TEST_ATTEMPT ("THREAD
+WHAT") names, when it is asked for its counters (thread control) or told what to serve (main)."""
 
 import os
 import runpy
@@ -10,13 +10,12 @@ from motorcade.sidecars.pager.control import Control
 from motorcade.sidecars.pager.main import Process
 
 if __name__ == "__main__":
-    target, name = {"main": (Process, "on_life"), "control": (Control, "_on_message")}[
-        os.environ["MOTORCADE_TEST_ATTEMPT"]
-    ]
+    thread, _, what = os.environ["MOTORCADE_TEST_ATTEMPT"].partition(" ")
+    target, name = {"main": (Process, "on_life"), "control": (Control, "_on_message")}[thread]
 
     def attempt(*_: Any) -> None:
         """Instead of it."""
-        ATTEMPTS["a file"][1]()
+        ATTEMPTS[what][1]()
 
     setattr(target, name, attempt)
     runpy.run_module("motorcade.sidecars.pager", run_name="__main__")

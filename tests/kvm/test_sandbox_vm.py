@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from harness import diskguest
-from harness.prisoners import ATTEMPTS
+from harness.prisoners import ATTEMPTS, EVERYWHERE
 from harness.vm import DEADLINE, VmHost, vm_host
 from motorcade.core.loop import Loop
 from motorcade.core.vcpu import Vcpus
@@ -45,10 +45,7 @@ def after(target: type, name: str, monkeypatch: pytest.MonkeyPatch, what: str) -
     monkeypatch.setattr(target, name, attempt)
 
 
-TRIED = ["a file", "/dev/kvm", "an internet socket", "another process's memory", "exec", "fork"]
-
-
-@pytest.mark.parametrize("what", TRIED)
+@pytest.mark.parametrize("what", EVERYWHERE)
 def test_what_the_core_may_not_do_ends_the_vm(
     host: VmHost, guest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
