@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import shutil
-import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from harness import templatetime
 from harness.agent import Agent
 from harness.linuxworker import COMPLAINTS
 from harness.vm import VmHost
 from harness.vmmctl import Host, gone
 from motorcade.orchestrator.qmpclient import QmpClient
-from motorcade.proto import template as templates
 
 Machine = Callable[..., dict[str, Any]]
 
@@ -125,18 +123,7 @@ def aged(template: Path, folder: Path, seconds: int) -> Path:
     """A copy of the template that was made so much earlier."""
     older = folder / "aged"
     shutil.copytree(template, older)
-    with (older / "state").open("r+b") as state:
-        found = templates.read(state.fileno())
-        components = []
-        for part in found.components:
-            if part.name == "clock":
-                kvmclock, utc, khz = struct.unpack("<QQI", part.data)
-                part = dataclasses.replace(part, data=struct.pack("<QQI", kvmclock, utc - seconds * 10**9, khz))
-            components.append(part)
-        data = templates.encode(dataclasses.replace(found, components=type(found.components)(components)))
-        state.seek(0)
-        state.write(data)
-        state.truncate()
+    templatetime.move(older, -seconds * 10**9)
     return older
 
 
