@@ -32,7 +32,7 @@ def make(fds: Mapping[str, int], regions: Sequence[Region], *, lazy: bool) -> Bl
 
     ``lazy``: the memory fills itself. Errors: KvmError; as ground.make.
     """
-    # Memory that fills itself is registered before anything, KVM included, can touch it.
     sandbox.load("core")
+    # Memory that fills itself is registered before anything, KVM included, can touch it.
     made = ground.make(ffi, lib, "core", fds, regions, lazy=lazy)
     return Blank(made, Vm(Kvm(fds["kvm"]), made.memory), ControlServer())

@@ -242,7 +242,7 @@ class Supervisor:
             log.error("%s sent %s, which is not its to send", child.role, type(life).__name__)
 
     def on_ready(self, child: Child) -> None:
-        """A process is set up and has dropped its privileges."""
+        """A process is set up and has dropped its privileges; a sidecar's filter comes before its hello to the core."""
         core, pager = self.processes.core, self.processes.pager
         child.state = "ready" if self.status == "starting" else "running"
         if pager is not None and pager.child is child and pager.eager and core is not None:

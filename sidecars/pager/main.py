@@ -46,16 +46,18 @@ def main(boot_socket: socket.socket, client: ControlClient | None = None) -> int
         negotiate(boot.protocol_version)
         pager, eager = open_pager(boot, fds)
         client = client or prepare()
-        if eager:
-            pager.copy_all()
-        # Now, so that the core goes on meanwhile: it waits for the hello, which comes from inside the sandbox.
-        bootlink.send_life(boot_socket, m.Ready())
+        if not eager:
+            # Now, so that the core goes on meanwhile: it waits for the hello, which comes from inside the sandbox.
+            bootlink.send_life(boot_socket, m.Ready())
         control = None
         # Without a socket: a replacement, which the core does not wait for and could not tell from an impostor.
         if boot.control_socket:
             runtime.reach(client, boot, fds)
             control = Control(boot, pager, client)
         sandbox.close(ffi, lib, "pager", "pager", boot_socket.fileno())
+        if eager:
+            pager.copy_all()
+            bootlink.send_life(boot_socket, m.Ready())
         return Process(boot_socket, pager, control, eager=eager).loop()
     except Exception as e:
         log.exception("the pager ends")
